@@ -1,0 +1,767 @@
+"""A GPT by hand: forward, backward, optimizer and sampling in plain NumPy, to be read from top to bottom.
+
+What is here: the GPT-2 architecture (Radford et al. 2019; pre-LayerNorm, learned positions, tanh GELU, the output head
+tied to the token embedding), every gradient derived and written out, AdamW, clipping, and generation with a key/value
+cache. What is not: autograd, data, training loops, files. torchgpt.py beside this file is the same model in PyTorch,
+with the same names in the same order; the tests prove that the two are one function.
+
+Letters used for shapes, here and everywhere in the project:
+
+    B  sequences in a batch          C  channels, n_embd               V  vocabulary size
+    T  tokens in a sequence          nh, hs  heads, head size; C = nh * hs
+    L  layers                        ... any leading dimensions
+
+Conventions. Each `x_forward` returns its output and a small cache; `x_backward` stands directly under it, unpacks that
+cache on its first line and returns gradients. A gradient is called d + the name of what it is the gradient of, always
+of the loss: `dx` is d loss / d x and has the shape of x. `dout` is the gradient of the forward's output. A linear
+layer is x @ weight.T + bias, as in PyTorch, so weights move between the two engines without a transposition.
+Every function follows the dtype of the parameters: float32 to train, float64 to prove.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+Cache = tuple
+Params = dict[str, np.ndarray]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The configuration, and the parameters that it implies
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The seven numbers that make a GPT. The defaults are the full model: 10,770,816 parameters at V 65, T 256.
+
+    vocab_size: V, how many different tokens there are
+    block_size: the longest T that the model can see, in tokens
+    n_layer, n_head, n_embd: L, nh and C
+    dropout: the probability with which an activation is dropped in training, in [0, 1)
+    bias: False leaves out the bias of every linear layer and LayerNorm
+
+    Raises ValueError that names the field.
+    """
+
+    vocab_size: int
+    block_size: int
+    n_layer: int = 6
+    n_head: int = 6
+    n_embd: int = 384
+    dropout: float = 0.2
+    bias: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
+            value = getattr(self, name)
+            if not is_integer(value) or value < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+        if self.n_embd % self.n_head != 0:
+            raise ValueError(f"n_embd must be a multiple of n_head, got n_embd {self.n_embd} and n_head {self.n_head}")
+        number = isinstance(self.dropout, (int, float, np.number)) and not isinstance(self.dropout, bool)
+        if not number or not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout must be a number in [0, 1), got {self.dropout!r}")
+        if not isinstance(self.bias, (bool, np.bool_)):
+            raise ValueError(f"bias must be True or False, got {self.bias!r}")
+
+
+def param_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every parameter, in the order in which they are drawn. Nothing is allocated."""
+    V, C = config.vocab_size, config.n_embd
+    shapes: dict[str, tuple[int, ...]] = {"wte.weight": (V, C), "wpe.weight": (config.block_size, C)}
+    for i in range(config.n_layer):
+        shapes |= {
+            f"h.{i}.ln_1.weight": (C,),
+            f"h.{i}.ln_1.bias": (C,),
+            f"h.{i}.attn.c_attn.weight": (3 * C, C),
+            f"h.{i}.attn.c_attn.bias": (3 * C,),
+            f"h.{i}.attn.c_proj.weight": (C, C),
+            f"h.{i}.attn.c_proj.bias": (C,),
+            f"h.{i}.ln_2.weight": (C,),
+            f"h.{i}.ln_2.bias": (C,),
+            f"h.{i}.mlp.c_fc.weight": (4 * C, C),
+            f"h.{i}.mlp.c_fc.bias": (4 * C,),
+            f"h.{i}.mlp.c_proj.weight": (C, 4 * C),
+            f"h.{i}.mlp.c_proj.bias": (C,),
+        }
+    shapes |= {"ln_f.weight": (C,), "ln_f.bias": (C,)}
+    return {name: shape for name, shape in shapes.items() if config.bias or not name.endswith(".bias")}
+
+
+def init_params(config: GPTConfig, seed: int = 1337, dtype: type = np.float32) -> Params:
+    """Draw GPT-2's initial weights: Normal(0, 0.02) for matrices, zero biases, unit LayerNorm gains.
+
+    Each block adds two branches to the residual stream, each through a c_proj; drawing those with 0.02 / sqrt(2 L)
+    keeps the stream's variance independent of depth (Radford et al. 2019, section 2.3). The numbers are drawn in
+    float64 and then rounded, so the float32 weights of a seed are the rounded float64 weights of that seed.
+    """
+    rng = np.random.default_rng(seed)
+    params = {}
+    for name, shape in param_shapes(config).items():
+        if name.endswith(".bias"):
+            params[name] = np.zeros(shape, dtype)
+        elif len(shape) == 1:
+            params[name] = np.ones(shape, dtype)
+        else:
+            std = 0.02 / math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else 0.02
+            params[name] = (std * rng.standard_normal(shape)).astype(dtype)
+    return params
+
+
+def within(params: Params, prefix: str) -> Params:
+    """The parameters whose names start with prefix, under the rest of their names: a module's view of the model."""
+    return {name[len(prefix) :]: value for name, value in params.items() if name.startswith(prefix)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The layers: each forward with its backward under it
+
+
+def embedding_forward(idx: np.ndarray, wte: np.ndarray, wpe: np.ndarray) -> tuple[np.ndarray, Cache]:
+    """Look up what each token is and where it stands, and add the two: idx (B, T) -> x (B, T, C)."""
+    T = idx.shape[1]
+    return wte[idx] + wpe[:T], (idx, wte.shape, wpe.shape)
+
+
+def embedding_backward(dx: np.ndarray, cache: Cache) -> tuple[np.ndarray, np.ndarray]:
+    """dx (B, T, C) -> dwte (V, C), dwpe (block_size, C).
+
+    A row that was copied to several places gets the sum of their gradients. To sum them without a Python loop, the
+    rows of dx are sorted by token id, and each run of equal ids is added up.
+    """
+    idx, wte_shape, wpe_shape = cache
+    T, C = dx.shape[1:]
+    order = np.argsort(idx, axis=None, kind="stable")
+    ids, starts = np.unique(idx.ravel()[order], return_index=True)
+    dwte = np.zeros(wte_shape, dx.dtype)
+    dwte[ids] = np.add.reduceat(dx.reshape(-1, C)[order], starts, axis=0)
+    dwpe = np.zeros(wpe_shape, dx.dtype)
+    dwpe[:T] = dx.sum(axis=0)
+    return dwte, dwpe
+
+
+def layernorm_forward(
+    x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None, eps: float = 1e-5
+) -> tuple[np.ndarray, Cache]:
+    """Give every token mean 0 and variance 1 over its channels, then a gain and a shift (Ba et al. 2016).
+
+    x (..., C), weight (C,), bias (C,) or None -> (..., C)
+    """
+    C = x.shape[-1]
+    centred = x - x.mean(axis=-1, keepdims=True)
+    variance = np.vecdot(centred, centred)[..., None] / C
+    rstd = 1 / np.sqrt(variance + eps)
+    xhat = np.multiply(centred, rstd, out=centred)
+    out = xhat * weight
+    if bias is not None:
+        out += bias
+    return out, (xhat, rstd, weight, bias is not None)
+
+
+def layernorm_backward(dout: np.ndarray, cache: Cache) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """dout (..., C) -> dx (..., C), dweight (C,), dbias (C,) or None.
+
+    xhat = (x - mean) * rstd depends on each x three times: directly, through the mean and through the variance. The
+    direct path gives dxhat; the other two take away dxhat's mean and its projection onto xhat: moving along either of
+    these directions does not change xhat at all.
+    """
+    xhat, rstd, weight, has_bias = cache
+    C = xhat.shape[-1]
+    rows = dout.reshape(-1, C)
+    dweight = (rows * xhat.reshape(-1, C)).sum(axis=0)
+    dbias = rows.sum(axis=0) if has_bias else None
+    dxhat = dout * weight
+    mean = dxhat.mean(axis=-1, keepdims=True)
+    projection = np.vecdot(dxhat, xhat)[..., None] / C
+    dx = rstd * (dxhat - mean - xhat * projection)
+    return dx, dweight, dbias
+
+
+def linear_forward(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None) -> tuple[np.ndarray, Cache]:
+    """x (..., in), weight (out, in), bias (out,) or None -> x @ weight.T + bias (..., out)."""
+    rows = x.reshape(-1, x.shape[-1])  # one large product instead of one a sequence
+    out = rows @ weight.T
+    if bias is not None:
+        out += bias
+    return out.reshape(*x.shape[:-1], len(weight)), (x, weight, bias is not None)
+
+
+def linear_backward(dout: np.ndarray, cache: Cache) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """dout (..., out) -> dx (..., in), dweight (out, in), dbias (out,) or None.
+
+    out[n, o] = sum_i x[n, i] weight[o, i] + bias[o]: each factor's gradient is dout times the other factor, summed
+    over the index that the factor does not have. Shapes alone then say where the transposes go.
+    """
+    x, weight, has_bias = cache
+    rows, drows = x.reshape(-1, x.shape[-1]), dout.reshape(-1, dout.shape[-1])
+    dx = (drows @ weight).reshape(x.shape)
+    dweight = drows.T @ rows
+    dbias = drows.sum(axis=0) if has_bias else None
+    return dx, dweight, dbias
+
+
+GELU_SCALE = math.sqrt(2 / math.pi)
+GELU_CUBIC = 0.044715
+
+
+def gelu_forward(x: np.ndarray) -> tuple[np.ndarray, Cache]:
+    """GELU in the tanh form that GPT-2 uses (Hendrycks & Gimpel 2016, section 2), element by element: (...) -> (...).
+
+    out = x/2 (1 + tanh(u)) with u = sqrt(2/pi) (x + 0.044715 x^3)
+    """
+    u = GELU_SCALE * x * (1 + GELU_CUBIC * x * x)
+    tanh = np.tanh(u, out=u)
+    return 0.5 * x * (1 + tanh), (x, tanh)
+
+
+def gelu_backward(dout: np.ndarray, cache: Cache) -> np.ndarray:
+    """dout (...) -> dx (...).
+
+    Product rule on x/2 and (1 + tanh(u)), with tanh' = 1 - tanh^2 and du/dx = sqrt(2/pi) (1 + 3 * 0.044715 x^2).
+    """
+    x, tanh = cache
+    du = GELU_SCALE * (1 + 3 * GELU_CUBIC * x * x)
+    return dout * 0.5 * (1 + tanh + x * (1 - tanh * tanh) * du)
+
+
+def dropout_forward(
+    x: np.ndarray, p: float, rngs: Sequence[np.random.Generator] | None
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Drop each element with probability p and scale the others by 1 / (1 - p): x (B, ...) -> (B, ...).
+
+    The scale keeps the expected value, so nothing changes when dropout is off: without generators (Srivastava et al.
+    2014, section 10). Each sequence b has a generator of its own, rngs[b]: what is dropped in it does not depend on
+    which other sequences are computed beside it.
+    """
+    if rngs is None or p == 0.0:
+        return x, None
+    mask = np.stack([rng.random(x.shape[1:], dtype=np.float32) >= p for rng in rngs])
+    scale = mask * x.dtype.type(1 / (1 - p))
+    return x * scale, scale
+
+
+def dropout_backward(dout: np.ndarray, scale: np.ndarray | None) -> np.ndarray:
+    """dout (B, ...) -> dx (B, ...): out = x * scale, so dx = dout * scale, with the very scale of the forward pass."""
+    return dout if scale is None else dout * scale
+
+
+def softmax_forward(x: np.ndarray) -> np.ndarray:
+    """exp(x) / sum(exp(x)) along the last axis: (..., n) -> (..., n). In place: x becomes the probabilities.
+
+    Taking away the maximum changes nothing in the quotient and keeps exp from overflowing. An entry of -inf gets
+    exactly 0. The probabilities are also the cache.
+    """
+    x -= x.max(axis=-1, keepdims=True)
+    np.exp(x, out=x)
+    x /= x.sum(axis=-1, keepdims=True)
+    return x
+
+
+def softmax_backward(dprobs: np.ndarray, probs: np.ndarray) -> np.ndarray:
+    """dprobs, probs (..., n) -> dx (..., n).
+
+    d probs[j] / d x[i] = probs[j] (1[i = j] - probs[i]); multiplying by dprobs[j] and summing over j leaves
+    probs[i] (dprobs[i] - sum_j dprobs[j] probs[j]).
+    """
+    return probs * (dprobs - np.vecdot(dprobs, probs)[..., None])
+
+
+def attention_forward(
+    x: np.ndarray,
+    p: Params,
+    n_head: int,
+    dropout: float = 0.0,
+    rngs: Sequence[np.random.Generator] | None = None,
+    past: tuple[np.ndarray, np.ndarray, int] | None = None,
+) -> tuple[np.ndarray, Cache]:
+    """Causal multi-head self-attention (Vaswani et al. 2017, section 3.2): x (B, T, C) -> (B, T, C).
+
+    Every token asks with a query what the tokens up to itself offer with their keys, and takes the average of their
+    values, weighted by softmax(query . key / sqrt(hs)). One linear layer makes queries, keys and values together.
+
+    past: (keys, values, start), two arrays (B, nh, block_size, hs) that hold the first `start` tokens' keys and values.
+    The T tokens of x come after those; their own keys and values are written in behind.
+    """
+    B, T, C = x.shape
+    hs = C // n_head
+    qkv, qkv_cache = linear_forward(x, p["c_attn.weight"], p.get("c_attn.bias"))
+    q, k, v = qkv.reshape(B, T, 3, n_head, hs).transpose(2, 0, 3, 1, 4)  # each (B, nh, T, hs)
+    if past is not None:
+        keys, values, start = past
+        keys[:, :, start : start + T], values[:, :, start : start + T] = k, v
+        k, v = keys[:, :, : start + T], values[:, :, : start + T]
+
+    att = q @ k.swapaxes(-1, -2)  # (B, nh, T, T), or with a past (B, nh, T, start + T)
+    att *= 1 / math.sqrt(hs)
+    if T > 1:  # a single query is the last token, and may look at all of them
+        att += np.triu(np.full(att.shape[-2:], -np.inf, x.dtype), k=att.shape[-1] - T + 1)
+    probs = softmax_forward(att)
+    dropped, att_scale = dropout_forward(probs, dropout, rngs)
+    heads = dropped @ v  # (B, nh, T, hs)
+
+    y = heads.swapaxes(1, 2).reshape(B, T, C)
+    out, proj_cache = linear_forward(y, p["c_proj.weight"], p.get("c_proj.bias"))
+    out, out_scale = dropout_forward(out, dropout, rngs)
+    return out, (qkv_cache, q, k, v, probs, dropped, att_scale, proj_cache, out_scale)
+
+
+def attention_backward(dout: np.ndarray, cache: Cache) -> tuple[np.ndarray, Params]:
+    """dout (B, T, C) -> dx (B, T, C), the gradients of the parameters. The forward's lines in reverse.
+
+    A masked score is -inf whatever x is; its probability is 0, and softmax's backward multiplies by that: its
+    gradient vanishes of itself. q, k and v each appear in one matrix product, so each gets the linear layer's rule.
+    """
+    qkv_cache, q, k, v, probs, dropped, att_scale, proj_cache, out_scale = cache
+    B, n_head, T, hs = q.shape
+    grads: Params = {}
+    dout = dropout_backward(dout, out_scale)
+    dy, grads["c_proj.weight"], grads["c_proj.bias"] = linear_backward(dout, proj_cache)
+    dheads = dy.reshape(B, T, n_head, hs).swapaxes(1, 2)
+
+    # heads = dropped @ v
+    ddropped = dheads @ v.swapaxes(-1, -2)
+    dv = dropped.swapaxes(-1, -2) @ dheads
+    dprobs = dropout_backward(ddropped, att_scale)
+    datt = softmax_backward(dprobs, probs)
+    datt *= 1 / math.sqrt(hs)
+    # att = q @ k.T / sqrt(hs)
+    dq = datt @ k
+    dk = datt.swapaxes(-1, -2) @ q
+
+    dqkv = np.stack([dq, dk, dv]).transpose(1, 3, 0, 2, 4).reshape(B, T, 3 * n_head * hs)
+    dx, grads["c_attn.weight"], grads["c_attn.bias"] = linear_backward(dqkv, qkv_cache)
+    return dx, grads
+
+
+def mlp_forward(
+    x: np.ndarray, p: Params, dropout: float = 0.0, rngs: Sequence[np.random.Generator] | None = None
+) -> tuple[np.ndarray, Cache]:
+    """Two linear layers with a GELU between them, four times as wide inside, on each token alone: (B, T, C) -> same."""
+    hidden, fc_cache = linear_forward(x, p["c_fc.weight"], p.get("c_fc.bias"))  # (B, T, 4C)
+    hidden, gelu_cache = gelu_forward(hidden)
+    out, proj_cache = linear_forward(hidden, p["c_proj.weight"], p.get("c_proj.bias"))
+    out, out_scale = dropout_forward(out, dropout, rngs)
+    return out, (fc_cache, gelu_cache, proj_cache, out_scale)
+
+
+def mlp_backward(dout: np.ndarray, cache: Cache) -> tuple[np.ndarray, Params]:
+    """dout (B, T, C) -> dx (B, T, C), the gradients of the parameters: the forward's calls in reverse."""
+    fc_cache, gelu_cache, proj_cache, out_scale = cache
+    grads: Params = {}
+    dout = dropout_backward(dout, out_scale)
+    dhidden, grads["c_proj.weight"], grads["c_proj.bias"] = linear_backward(dout, proj_cache)
+    dhidden = gelu_backward(dhidden, gelu_cache)
+    dx, grads["c_fc.weight"], grads["c_fc.bias"] = linear_backward(dhidden, fc_cache)
+    return dx, grads
+
+
+def block_forward(
+    x: np.ndarray,
+    p: Params,
+    n_head: int,
+    dropout: float = 0.0,
+    rngs: Sequence[np.random.Generator] | None = None,
+    past: tuple[np.ndarray, np.ndarray, int] | None = None,
+) -> tuple[np.ndarray, Cache]:
+    """One transformer block, (B, T, C) -> (B, T, C): each branch reads the residual stream x and adds to it.
+
+    p holds the block's parameters by their names within the block; past is explained at attention_forward.
+    """
+    branch, ln_1_cache = layernorm_forward(x, p["ln_1.weight"], p.get("ln_1.bias"))
+    branch, attn_cache = attention_forward(branch, within(p, "attn."), n_head, dropout, rngs, past)
+    x = x + branch
+    branch, ln_2_cache = layernorm_forward(x, p["ln_2.weight"], p.get("ln_2.bias"))
+    branch, mlp_cache = mlp_forward(branch, within(p, "mlp."), dropout, rngs)
+    x = x + branch
+    return x, (ln_1_cache, attn_cache, ln_2_cache, mlp_cache)
+
+
+def block_backward(dx: np.ndarray, cache: Cache) -> tuple[np.ndarray, Params]:
+    """dx (B, T, C) of the output -> dx (B, T, C) of the input, the gradients of the parameters.
+
+    A sum hands its gradient to both sides: to the branch, and unchanged around it. So each branch's gradient is
+    *added* to the stream's own.
+    """
+    ln_1_cache, attn_cache, ln_2_cache, mlp_cache = cache
+    grads: Params = {}
+    dbranch, mlp_grads = mlp_backward(dx, mlp_cache)
+    dbranch, grads["ln_2.weight"], grads["ln_2.bias"] = layernorm_backward(dbranch, ln_2_cache)
+    dx = dx + dbranch
+    dbranch, attn_grads = attention_backward(dx, attn_cache)
+    dbranch, grads["ln_1.weight"], grads["ln_1.bias"] = layernorm_backward(dbranch, ln_1_cache)
+    dx = dx + dbranch
+    grads |= {"mlp." + name: grad for name, grad in mlp_grads.items()}
+    grads |= {"attn." + name: grad for name, grad in attn_grads.items()}
+    return dx, grads
+
+
+def cross_entropy_forward(logits: np.ndarray, targets: np.ndarray, count: int) -> tuple[np.floating, Cache]:
+    """The surprise at the true next tokens, in nats: logits (B, T, V), targets (B, T) -> sum of -log p(target) / count.
+
+    Targets of -1 are ignored. count is how many are not, in the whole batch of which these may be a part; so the
+    losses, and the gradients, of a batch's parts add up to the batch's.
+    """
+    rows, keep = logits.reshape(-1, logits.shape[-1]), targets.ravel() >= 0
+    shifted = rows - rows.max(axis=-1, keepdims=True)
+    at_target = np.take_along_axis(shifted, np.where(keep, targets.ravel(), 0)[:, None], axis=-1)[:, 0]
+    log_sum = np.log(np.exp(shifted).sum(axis=-1))  # log softmax = shifted - log_sum
+    loss = (log_sum - at_target)[keep].sum() / count
+    return loss.astype(logits.dtype), (logits, targets, count)
+
+
+def cross_entropy_backward(cache: Cache) -> np.ndarray:
+    """dlogits (B, T, V) of the loss itself.
+
+    -log p(target) = log(sum_j exp(logits[j])) - logits[target], whose derivative is softmax(logits), less 1 at the
+    target. This is the one place where the mean's division by count enters the gradients.
+    """
+    logits, targets, count = cache
+    dlogits = softmax_forward(logits.reshape(-1, logits.shape[-1]).copy())
+    keep = targets.ravel() >= 0
+    dlogits[np.flatnonzero(keep), targets.ravel()[keep]] -= 1
+    dlogits[~keep] = 0
+    dlogits /= count
+    return dlogits.reshape(logits.shape)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model
+
+
+class GPT:
+    """The whole model: `params` maps each name to its array, and everything else is computed from these.
+
+    config: the sizes
+    params: the weights, checked against the config; without them they are drawn from `seed`. They are copied, so that
+        no two models share weights by accident; but a read-only array (a file mapped into memory) stays where it is.
+    dtype: float32 or float64, for the drawn weights; given ones keep theirs where it is wider.
+
+    Raises ValueError that names the parameter that is missing, unknown, of a wrong shape or dtype, or not finite.
+    """
+
+    def __init__(
+        self, config: GPTConfig, params: Params | None = None, *, seed: int = 1337, dtype: type = np.float32
+    ) -> None:
+        if np.dtype(dtype) not in (np.dtype(np.float32), np.dtype(np.float64)):
+            raise ValueError(f"dtype must be float32 or float64, got {np.dtype(dtype)}")
+        self.config = config
+        if params is None:
+            self.params = init_params(config, seed, dtype)
+        else:
+            self.params = check_params(config, params, dtype)
+
+    def num_params(self) -> int:
+        """How many numbers are learnt. The head adds none: it is wte.weight."""
+        return sum(param.size for param in self.params.values())
+
+    def forward(
+        self, idx: np.ndarray, targets: np.ndarray | None = None, *, rng: np.random.Generator | None = None
+    ) -> tuple[np.ndarray, np.floating | None]:
+        """idx (B, T) integers, targets (B, T) integers or None -> logits (B, T, V), mean loss in nats or None.
+
+        Dropout is on when there is a generator to draw it from. Raises ValueError on bad ids, targets or weights.
+        """
+        idx, targets, count = check_batch(self.config, idx, targets)
+        logits, _ = self._logits(idx, row_generators(rng, len(idx)))
+        loss = None if targets is None else cross_entropy_forward(logits, targets, count)[0]
+        return logits, loss
+
+    def loss_and_grads(
+        self,
+        idx: np.ndarray,
+        targets: np.ndarray,
+        *,
+        rng: np.random.Generator | None = None,
+        count: int | None = None,
+    ) -> tuple[np.floating, Params]:
+        """idx, targets (B, T) integers -> mean loss in nats, {name: gradient} with the names and shapes of params.
+
+        count: what to divide by, if (idx, targets) is one part of a larger batch: the number of targets that are not
+        -1 in all of it. Losses and gradients of the parts then add up to those of the whole batch; and as dropout is
+        drawn sequence by sequence, parts that share one rng also drop what the whole batch would.
+        """
+        if targets is None:
+            raise ValueError("targets must be an array of token ids, got None")
+        idx, targets, own_count = check_batch(self.config, idx, targets, allow_no_target=count is not None)
+        logits, caches = self._logits(idx, row_generators(rng, len(idx)), keep_caches=True)
+        loss, loss_cache = cross_entropy_forward(logits, targets, count or own_count)
+        return loss, self._backward(cross_entropy_backward(loss_cache), caches)
+
+    def _logits(
+        self,
+        idx: np.ndarray,
+        rngs: Sequence[np.random.Generator] | None,
+        pasts: Sequence[tuple[np.ndarray, np.ndarray, int]] | None = None,
+        keep_caches: bool = False,
+    ) -> tuple[np.ndarray, list[Cache]]:
+        """idx (B, T) -> logits (B, T, V), or (B, 1, V) with pasts, and the caches of all layers in forward order.
+
+        Only with keep_caches do the blocks' caches stay; without, each is freed as soon as the next block has run.
+        """
+        config, p = self.config, self.params
+        start = 0 if pasts is None else pasts[0][2]
+        x, embedding_cache = embedding_forward(idx, p["wte.weight"], p["wpe.weight"][start:])
+        x, scale = dropout_forward(x, config.dropout, rngs)
+        caches: list[Cache] = [(embedding_cache, scale)]
+        for i in range(config.n_layer):
+            past = None if pasts is None else pasts[i]
+            x, cache = block_forward(x, within(p, f"h.{i}."), config.n_head, config.dropout, rngs, past)
+            if keep_caches:
+                caches.append(cache)
+        if pasts is not None:
+            x = x[:, -1:]  # whoever continues a text needs the logits after its last token only
+        x, ln_f_cache = layernorm_forward(x, p["ln_f.weight"], p.get("ln_f.bias"))
+        logits, head_cache = linear_forward(x, p["wte.weight"], None)  # the tied head: wte once more
+        check_finite(logits, p)
+        return logits, [*caches, ln_f_cache, head_cache]
+
+    def _backward(self, dlogits: np.ndarray, caches: list[Cache]) -> Params:
+        """dlogits (B, T, V), all caches of _logits -> {name: gradient}: the lines of _logits in reverse."""
+        (embedding_cache, scale), *block_caches, ln_f_cache, head_cache = caches
+        grads: Params = {}
+        dx, dwte, _ = linear_backward(dlogits, head_cache)
+        dx, grads["ln_f.weight"], grads["ln_f.bias"] = layernorm_backward(dx, ln_f_cache)
+        for i in reversed(range(self.config.n_layer)):
+            dx, block_grads = block_backward(dx, block_caches.pop())
+            grads |= {f"h.{i}.{name}": grad for name, grad in block_grads.items()}
+        dx = dropout_backward(dx, scale)
+        grads["wte.weight"], grads["wpe.weight"] = embedding_backward(dx, embedding_cache)
+        grads["wte.weight"] += dwte  # wte is used twice, as the embedding and as the head: its gradients add
+        return {name: grads[name] for name in self.params}
+
+    def generate(
+        self,
+        idx: np.ndarray,
+        max_new_tokens: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        rng: np.random.Generator | None = None,
+    ) -> np.ndarray:
+        """Continue each row of idx (B, T), T >= 1, by max_new_tokens tokens -> (B, T + max_new_tokens) int64.
+
+        The other arguments, and the errors raised, are those of `stream`.
+        """
+        check_count("max_new_tokens", max_new_tokens)
+        stream = self.stream(idx, temperature=temperature, top_k=top_k, rng=rng)
+        new = [next(stream) for _ in range(max_new_tokens)]
+        return np.concatenate([np.asarray(idx, np.int64), *(tokens[:, None] for tokens in new)], axis=1)
+
+    def stream(
+        self,
+        idx: np.ndarray,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        rng: np.random.Generator | None = None,
+    ) -> Iterator[np.ndarray]:
+        """Continue each row of idx (B, T), T >= 1, without end: yields the next tokens (B,) int64, one step at a time.
+
+        temperature: divides the logits; below 1 is bolder, 0 takes the likeliest token and draws nothing
+        top_k: leaves only the k likeliest tokens, and all that tie with the k-th; None or more than V leaves all
+        rng: gives one uniform number a row and token; without one they come from fresh entropy
+
+        Raises ValueError on ids outside [0, V), temperature below 0 or not finite, top_k below 1, weights not finite.
+        """
+        idx = check_ids("idx", idx, 0, self.config.vocab_size)
+        check_sampling(temperature, top_k)
+        return self._stream(idx, temperature, top_k, np.random.default_rng() if rng is None else rng)
+
+    def _stream(
+        self, idx: np.ndarray, temperature: float, top_k: int | None, rng: np.random.Generator
+    ) -> Iterator[np.ndarray]:
+        """The loop behind `stream`. A token's keys and values depend on nothing after it, so they are kept; each step
+        then computes one token. Once the text outgrows the window, every token's position moves with each step, what
+        was kept is void, and the whole window is computed anew."""
+        config, B = self.config, len(idx)
+        kept_shape = (config.n_layer, 2, B, config.n_head, config.block_size, config.n_embd // config.n_head)
+        kept, length = np.empty(kept_shape, self.params["wte.weight"].dtype), 0
+        window = idx[:, -config.block_size :]
+        while True:
+            pasts = [(keys, values, length) for keys, values in kept]
+            logits, _ = self._logits(window[:, length:], None, pasts)
+            tokens = sample(logits[:, -1], temperature, top_k, rng)
+            yield tokens
+            length = window.shape[1]
+            window = np.concatenate([window, tokens[:, None]], axis=1)
+            if window.shape[1] > config.block_size:
+                window, length = window[:, 1:], 0
+
+
+def sample(logits: np.ndarray, temperature: float, top_k: int | None, rng: np.random.Generator) -> np.ndarray:
+    """Draw one token a row by inverting the cumulative distribution: logits (B, V) -> (B,) int64.
+
+    In float64 whatever the model's dtype, so that two engines whose logits agree draw the same token.
+    """
+    if temperature == 0:
+        return logits.argmax(axis=-1)
+    logits = logits.astype(np.float64)
+    if top_k is not None and top_k < logits.shape[-1]:
+        kth = np.partition(logits, -top_k, axis=-1)[:, -top_k, None]
+        logits[logits < kth] = -np.inf
+    # The maximum goes first, so that a tiny temperature makes the others -inf and not the largest one inf.
+    cdf = np.exp((logits - logits.max(axis=-1, keepdims=True)) / temperature).cumsum(axis=-1)
+    total = cdf[:, -1:]
+    # u < 1, but u * total may round up to the total, which no cdf exceeds.
+    threshold = np.minimum(rng.random(len(logits))[:, None] * total, np.nextafter(total, 0))
+    return (cdf > threshold).argmax(axis=-1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Learning
+
+
+def clip_grad_norm(grads: Params, max_norm: float) -> float:
+    """Scale all gradients together, in place, so that their global norm is at most max_norm -> the norm before.
+
+    All entries of all tensors count as one long vector, whose direction is kept (Pascanu et al. 2013, section 3.2).
+    The 1e-6 is PyTorch's guard against a division by zero. A norm that is not finite scales nothing.
+    Raises ValueError if max_norm is not positive.
+    """
+    if not max_norm > 0:
+        raise ValueError(f"max_norm must be positive, got {max_norm!r}")
+    norm = math.sqrt(sum(float(np.vdot(grad, grad)) for grad in grads.values()))
+    scale = max_norm / (norm + 1e-6)
+    if scale < 1 and math.isfinite(norm):
+        for grad in grads.values():
+            grad *= scale
+    return norm
+
+
+class AdamW:
+    """Adam with decoupled weight decay (Loshchilov & Hutter 2019, algorithm 2). Updates params in place.
+
+    m and v are running means of the gradient and of its square, t counts the steps. Matrices decay towards zero by
+    lr * weight_decay a step; biases and LayerNorm gains, of one dimension, do not.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        *,
+        betas: tuple[float, float] = (0.9, 0.99),
+        eps: float = 1e-8,
+        weight_decay: float = 0.1,
+    ) -> None:
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"betas must be in [0, 1), got {betas!r}")
+        if not eps > 0:
+            raise ValueError(f"eps must be positive, got {eps!r}")
+        if not weight_decay >= 0:
+            raise ValueError(f"weight_decay must be at least 0, got {weight_decay!r}")
+        self.params = params
+        self.betas, self.eps, self.weight_decay = betas, eps, weight_decay
+        self.m = {name: np.zeros_like(param) for name, param in params.items()}
+        self.v = {name: np.zeros_like(param) for name, param in params.items()}
+        self.t = 0
+
+    def step(self, grads: Params, lr: float) -> None:
+        """One update with learning rate lr. Raises ValueError if grads does not have exactly the names of params."""
+        if grads.keys() != self.params.keys():
+            wrong = sorted(grads.keys() ^ self.params.keys())
+            raise ValueError(f"grads must have the names of params; missing or unknown: {', '.join(wrong)}")
+        self.t += 1
+        beta1, beta2 = self.betas
+        # m and v start at 0 and are too small at first, by exactly these factors (Kingma & Ba 2015, section 3).
+        correction1, correction2 = 1 - beta1**self.t, 1 - beta2**self.t
+        for name, param in self.params.items():
+            grad, m, v = grads[name], self.m[name], self.v[name]
+            m += (1 - beta1) * (grad - m)
+            v += (1 - beta2) * (grad * grad - v)
+            if param.ndim >= 2:
+                param *= 1 - lr * self.weight_decay
+            param -= (lr / correction1) * m / (np.sqrt(v) / math.sqrt(correction2) + self.eps)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What comes in from outside is checked here; torchgpt.py calls the same checks, so both engines say the same
+
+
+def is_integer(value: object) -> bool:
+    """True for Python's and NumPy's integers, but not for booleans."""
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def check_count(name: str, value: int) -> None:
+    """Raises ValueError unless value is an integer of at least 0."""
+    if not is_integer(value) or value < 0:
+        raise ValueError(f"{name} must be an integer of at least 0, got {value!r}")
+
+
+def check_ids(name: str, ids: np.ndarray, low: int, vocab_size: int) -> np.ndarray:
+    """Token ids (B, T), B and T at least 1, integers in [low, vocab_size) -> the same as int64. Else a ValueError.
+
+    NumPy would take an id of -1 for the last row of the table, and PyTorch on a GPU would abort the process.
+    """
+    ids = np.asarray(ids)
+    if ids.ndim != 2 or ids.size == 0:
+        raise ValueError(f"{name} must have shape (B, T) with B and T at least 1, got shape {ids.shape}")
+    if not np.issubdtype(ids.dtype, np.integer):
+        raise ValueError(f"{name} must hold integers, got dtype {ids.dtype}")
+    smallest, largest = int(ids.min()), int(ids.max())
+    if smallest < low or largest >= vocab_size:
+        wrong = smallest if smallest < low else largest
+        ignored = " (or -1, to be ignored)" if low < 0 else ""
+        raise ValueError(f"{name} must be in [0, {vocab_size}){ignored}, got {wrong}")
+    return ids.astype(np.int64)
+
+
+def check_batch(
+    config: GPTConfig, idx: np.ndarray, targets: np.ndarray | None, allow_no_target: bool = False
+) -> tuple[np.ndarray, np.ndarray | None, int]:
+    """idx, targets (B, T) -> both as int64, and how many targets are not -1. Raises ValueError."""
+    idx = check_ids("idx", idx, 0, config.vocab_size)
+    if idx.shape[1] > config.block_size:
+        raise ValueError(f"T must be at most block_size {config.block_size}, got idx of shape {idx.shape}")
+    if targets is None:
+        return idx, None, 0
+    targets = check_ids("targets", targets, -1, config.vocab_size)
+    if targets.shape != idx.shape:
+        raise ValueError(f"targets must have the shape of idx, {idx.shape}, got {targets.shape}")
+    count = int((targets >= 0).sum())
+    if count == 0 and not allow_no_target:
+        raise ValueError(f"targets must hold at least one id that is not -1, got {targets.size} times -1")
+    return idx, targets, count
+
+
+def check_sampling(temperature: float, top_k: int | None) -> None:
+    """Raises ValueError unless temperature is finite and at least 0, and top_k None or an integer of at least 1."""
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature must be a finite number of at least 0, got {temperature!r}")
+    if top_k is not None and (not is_integer(top_k) or top_k < 1):
+        raise ValueError(f"top_k must be None or an integer of at least 1, got {top_k!r}")
+
+
+def check_finite(logits: np.ndarray, params: Params) -> None:
+    """Raises ValueError if a logit is NaN or infinite; the message names the first parameter that is, if one is."""
+    if not np.isfinite(logits).all():
+        broken = next((name for name, param in params.items() if not np.isfinite(param).all()), None)
+        came = (
+            "finite weights too large for their dtype" if broken is None else f"{broken} with NaN or infinite entries"
+        )
+        raise ValueError(f"logits must be finite, got {came}")
+
+
+def check_params(config: GPTConfig, params: Params, dtype: type) -> Params:
+    """The params in the order of the config, copied unless read-only. Raises ValueError that names a bad one."""
+    shapes = param_shapes(config)
+    for name in [*shapes, *params]:
+        if name not in params or name not in shapes:
+            raise ValueError(
+                f"{name} is {'missing from' if name in shapes else 'no parameter of this config, but in'} params"
+            )
+        if params[name].shape != shapes[name]:
+            raise ValueError(f"{name} must have shape {shapes[name]}, got {params[name].shape}")
+        if params[name].dtype not in (np.float32, np.float64):
+            raise ValueError(f"{name} must be float32 or float64, got {params[name].dtype}")
+        if not np.isfinite(params[name]).all():
+            raise ValueError(f"{name} must be finite, got NaN or infinite entries")
+    dtype = np.result_type(dtype, *params.values())
+    return {name: np.array(params[name], dtype, copy=params[name].flags.writeable or None) for name in shapes}
+
+
+def row_generators(rng: np.random.Generator | None, B: int) -> list[np.random.Generator] | None:
+    """One generator a sequence, seeded from rng in order: so B sequences at once, or in parts, drop the same."""
+    return None if rng is None else [np.random.default_rng(seed) for seed in rng.integers(2**63, size=B)]
