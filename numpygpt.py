@@ -18,8 +18,11 @@ layer is x @ weight.T + bias, as in PyTorch, so weights move between the two eng
 Every function follows the dtype of the parameters: float32 to train, float64 to prove.
 """
 
+import ctypes
 import math
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -117,6 +120,21 @@ def within(params: Params, prefix: str) -> Params:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The layers: each forward with its backward under it
+#
+# Two habits make plain NumPy fast, and the code below keeps to them. Long chains of elementwise operations work in
+# place, on an array that nobody else holds. And sums are products with a vector of ones, which the BLAS does several
+# times faster than NumPy's sum along a short axis.
+
+
+def sum_channels(x: np.ndarray) -> np.ndarray:
+    """Sum along the last axis, (..., n) -> (..., 1)."""
+    return (x @ np.ones(x.shape[-1], x.dtype))[..., None]
+
+
+def sum_rows(x: np.ndarray) -> np.ndarray:
+    """Sum along all axes but the last, (..., n) -> (n,)."""
+    rows = x.reshape(-1, x.shape[-1])
+    return np.ones(len(rows), x.dtype) @ rows
 
 
 def embedding_forward(idx: np.ndarray, wte: np.ndarray, wpe: np.ndarray) -> tuple[np.ndarray, Cache]:
@@ -150,10 +168,10 @@ def layernorm_forward(
     x (..., C), weight (C,), bias (C,) or None -> (..., C)
     """
     C = x.shape[-1]
-    centred = x - x.mean(axis=-1, keepdims=True)
-    variance = np.vecdot(centred, centred)[..., None] / C
+    xhat = x - sum_channels(x) / C
+    variance = np.vecdot(xhat, xhat)[..., None] / C
     rstd = 1 / np.sqrt(variance + eps)
-    xhat = np.multiply(centred, rstd, out=centred)
+    xhat *= rstd
     out = xhat * weight
     if bias is not None:
         out += bias
@@ -169,13 +187,14 @@ def layernorm_backward(dout: np.ndarray, cache: Cache) -> tuple[np.ndarray, np.n
     """
     xhat, rstd, weight, has_bias = cache
     C = xhat.shape[-1]
-    rows = dout.reshape(-1, C)
-    dweight = (rows * xhat.reshape(-1, C)).sum(axis=0)
-    dbias = rows.sum(axis=0) if has_bias else None
+    dweight = sum_rows(dout * xhat)
+    dbias = sum_rows(dout) if has_bias else None
     dxhat = dout * weight
-    mean = dxhat.mean(axis=-1, keepdims=True)
-    projection = np.vecdot(dxhat, xhat)[..., None] / C
-    dx = rstd * (dxhat - mean - xhat * projection)
+    mean, projection = sum_channels(dxhat) / C, np.vecdot(dxhat, xhat)[..., None] / C
+    dx = dxhat
+    dx -= mean
+    dx -= xhat * projection
+    dx *= rstd
     return dx, dweight, dbias
 
 
@@ -198,7 +217,7 @@ def linear_backward(dout: np.ndarray, cache: Cache) -> tuple[np.ndarray, np.ndar
     rows, drows = x.reshape(-1, x.shape[-1]), dout.reshape(-1, dout.shape[-1])
     dx = (drows @ weight).reshape(x.shape)
     dweight = drows.T @ rows
-    dbias = drows.sum(axis=0) if has_bias else None
+    dbias = sum_rows(drows) if has_bias else None
     return dx, dweight, dbias
 
 
@@ -206,24 +225,47 @@ GELU_SCALE = math.sqrt(2 / math.pi)
 GELU_CUBIC = 0.044715
 
 
+def gelu_tanh(x: np.ndarray) -> np.ndarray:
+    """tanh(sqrt(2/pi) (x + 0.044715 x^3)), element by element: (...) -> (...). GELU and its derivative share it."""
+    u = x * x
+    u *= GELU_SCALE * GELU_CUBIC
+    u += GELU_SCALE
+    u *= x
+    return np.tanh(u, out=u)
+
+
 def gelu_forward(x: np.ndarray) -> tuple[np.ndarray, Cache]:
     """GELU in the tanh form that GPT-2 uses (Hendrycks & Gimpel 2016, section 2), element by element: (...) -> (...).
 
     out = x/2 (1 + tanh(u)) with u = sqrt(2/pi) (x + 0.044715 x^3)
     """
-    u = GELU_SCALE * x * (1 + GELU_CUBIC * x * x)
-    tanh = np.tanh(u, out=u)
-    return 0.5 * x * (1 + tanh), (x, tanh)
+    out = gelu_tanh(x)
+    out += 1
+    out *= x
+    out *= 0.5
+    return out, (x,)
 
 
 def gelu_backward(dout: np.ndarray, cache: Cache) -> np.ndarray:
     """dout (...) -> dx (...).
 
-    Product rule on x/2 and (1 + tanh(u)), with tanh' = 1 - tanh^2 and du/dx = sqrt(2/pi) (1 + 3 * 0.044715 x^2).
+    Product rule on x/2 and 1 + tanh(u): dx = dout/2 (1 + tanh + x (1 - tanh^2) du), with the derivative of u,
+    du = sqrt(2/pi) (1 + 3 * 0.044715 x^2). Computing tanh once more is cheaper than keeping it in memory.
     """
-    x, tanh = cache
-    du = GELU_SCALE * (1 + 3 * GELU_CUBIC * x * x)
-    return dout * 0.5 * (1 + tanh + x * (1 - tanh * tanh) * du)
+    (x,) = cache
+    tanh = gelu_tanh(x)
+    du = x * x
+    du *= GELU_SCALE * 3 * GELU_CUBIC
+    du += GELU_SCALE
+    dx = tanh * tanh
+    np.subtract(1, dx, out=dx)
+    dx *= du
+    dx *= x
+    dx += tanh
+    dx += 1
+    dx *= 0.5
+    dx *= dout
+    return dx
 
 
 def dropout_forward(
@@ -255,7 +297,7 @@ def softmax_forward(x: np.ndarray) -> np.ndarray:
     """
     x -= x.max(axis=-1, keepdims=True)
     np.exp(x, out=x)
-    x /= x.sum(axis=-1, keepdims=True)
+    x /= sum_channels(x)
     return x
 
 
@@ -265,7 +307,33 @@ def softmax_backward(dprobs: np.ndarray, probs: np.ndarray) -> np.ndarray:
     d probs[j] / d x[i] = probs[j] (1[i = j] - probs[i]); multiplying by dprobs[j] and summing over j leaves
     probs[i] (dprobs[i] - sum_j dprobs[j] probs[j]).
     """
-    return probs * (dprobs - np.vecdot(dprobs, probs)[..., None])
+    dx = dprobs - np.vecdot(dprobs, probs)[..., None]
+    dx *= probs
+    return dx
+
+
+ATTENTION_BLOCK = 64
+
+
+def causal_blocks(T: int, num_keys: int) -> Iterator[tuple[slice, slice]]:
+    """Cut T queries, the last of num_keys tokens, into blocks: yields (queries, the keys that any of them may see).
+
+    Half of the (T, T) scores lie in the future. A block leaves out those that lie in the future of all its queries,
+    so that they are neither computed nor kept.
+    """
+    for start in range(0, T, ATTENTION_BLOCK):
+        end = min(start + ATTENTION_BLOCK, T)
+        yield slice(start, end), slice(0, num_keys - T + end)
+
+
+def mask_future(att: np.ndarray) -> None:
+    """Set to -inf, in place, every score of a query for a later token: att (..., rows, seen), the last row seeing all.
+
+    The later tokens lie above the diagonal of the last square. -inf and no finite number: it excludes at any scale.
+    """
+    rows = att.shape[-2]
+    square = att[..., -rows:]
+    square += np.triu(np.full((rows, rows), -np.inf, att.dtype), k=1)
 
 
 def attention_forward(
@@ -293,18 +361,21 @@ def attention_forward(
         keys[:, :, start : start + T], values[:, :, start : start + T] = k, v
         k, v = keys[:, :, : start + T], values[:, :, : start + T]
 
-    att = q @ k.swapaxes(-1, -2)  # (B, nh, T, T), or with a past (B, nh, T, start + T)
-    att *= 1 / math.sqrt(hs)
-    if T > 1:  # a single query is the last token, and may look at all of them
-        att += np.triu(np.full(att.shape[-2:], -np.inf, x.dtype), k=att.shape[-1] - T + 1)
-    probs = softmax_forward(att)
-    dropped, att_scale = dropout_forward(probs, dropout, rngs)
-    heads = dropped @ v  # (B, nh, T, hs)
+    y = np.empty((B, T, n_head, hs), x.dtype)
+    heads = y.swapaxes(1, 2)  # the same memory, seen as (B, nh, T, hs)
+    block_caches = []
+    for rows, seen in causal_blocks(T, k.shape[2]):
+        att = q[:, :, rows] @ k[:, :, seen].swapaxes(-1, -2)  # (B, nh, rows, seen)
+        att *= 1 / math.sqrt(hs)
+        mask_future(att)
+        probs = softmax_forward(att)
+        dropped, scale = dropout_forward(probs, dropout, rngs)
+        heads[:, :, rows] = dropped @ v[:, :, seen]
+        block_caches.append((rows, seen, probs, dropped, scale))
 
-    y = heads.swapaxes(1, 2).reshape(B, T, C)
-    out, proj_cache = linear_forward(y, p["c_proj.weight"], p.get("c_proj.bias"))
+    out, proj_cache = linear_forward(y.reshape(B, T, C), p["c_proj.weight"], p.get("c_proj.bias"))
     out, out_scale = dropout_forward(out, dropout, rngs)
-    return out, (qkv_cache, q, k, v, probs, dropped, att_scale, proj_cache, out_scale)
+    return out, (qkv_cache, q, k, v, block_caches, proj_cache, out_scale)
 
 
 def attention_backward(dout: np.ndarray, cache: Cache) -> tuple[np.ndarray, Params]:
@@ -313,24 +384,27 @@ def attention_backward(dout: np.ndarray, cache: Cache) -> tuple[np.ndarray, Para
     A masked score is -inf whatever x is; its probability is 0, and softmax's backward multiplies by that: its
     gradient vanishes of itself. q, k and v each appear in one matrix product, so each gets the linear layer's rule.
     """
-    qkv_cache, q, k, v, probs, dropped, att_scale, proj_cache, out_scale = cache
+    qkv_cache, q, k, v, block_caches, proj_cache, out_scale = cache
     B, n_head, T, hs = q.shape
     grads: Params = {}
     dout = dropout_backward(dout, out_scale)
     dy, grads["c_proj.weight"], grads["c_proj.bias"] = linear_backward(dout, proj_cache)
     dheads = dy.reshape(B, T, n_head, hs).swapaxes(1, 2)
 
-    # heads = dropped @ v
-    ddropped = dheads @ v.swapaxes(-1, -2)
-    dv = dropped.swapaxes(-1, -2) @ dheads
-    dprobs = dropout_backward(ddropped, att_scale)
-    datt = softmax_backward(dprobs, probs)
-    datt *= 1 / math.sqrt(hs)
-    # att = q @ k.T / sqrt(hs)
-    dq = datt @ k
-    dk = datt.swapaxes(-1, -2) @ q
+    dqkv = np.zeros((B, T, 3, n_head, hs), dy.dtype)
+    dq, dk, dv = dqkv.transpose(2, 0, 3, 1, 4)
+    for rows, seen, probs, dropped, scale in reversed(block_caches):
+        # heads = dropped @ v
+        ddropped = dheads[:, :, rows] @ v[:, :, seen].swapaxes(-1, -2)
+        dv[:, :, seen] += dropped.swapaxes(-1, -2) @ dheads[:, :, rows]
+        dprobs = dropout_backward(ddropped, scale)
+        datt = softmax_backward(dprobs, probs)
+        datt *= 1 / math.sqrt(hs)
+        # att = q @ k.T / sqrt(hs)
+        dq[:, :, rows] = datt @ k[:, :, seen]
+        dk[:, :, seen] += datt.swapaxes(-1, -2) @ q[:, :, rows]
 
-    dqkv = np.stack([dq, dk, dv]).transpose(1, 3, 0, 2, 4).reshape(B, T, 3 * n_head * hs)
+    dqkv = dqkv.reshape(B, T, 3 * n_head * hs)
     dx, grads["c_attn.weight"], grads["c_attn.bias"] = linear_backward(dqkv, qkv_cache)
     return dx, grads
 
@@ -436,17 +510,33 @@ class GPT:
     config: the sizes
     params: the weights, checked against the config; without them they are drawn from `seed`. They are copied, so that
         no two models share weights by accident; but a read-only array (a file mapped into memory) stays where it is.
-    dtype: float32 or float64, for the drawn weights; given ones keep theirs where it is wider.
+    dtype: float32 or float64, for the drawn weights; given ones keep theirs where it is wider
+    threads: into how many parts forward and loss_and_grads cut a batch, each computed by a thread of its own. NumPy
+        lets go of Python's lock while it computes, so the parts run side by side: data parallelism, on one machine.
+        It pays when the BLAS is told to use one thread itself. It changes nothing but the order in which the parts'
+        gradients are added, so their rounding.
 
     Raises ValueError that names the parameter that is missing, unknown, of a wrong shape or dtype, or not finite.
     """
 
     def __init__(
-        self, config: GPTConfig, params: Params | None = None, *, seed: int = 1337, dtype: type = np.float32
+        self,
+        config: GPTConfig,
+        params: Params | None = None,
+        *,
+        seed: int = 1337,
+        dtype: type = np.float32,
+        threads: int = 1,
     ) -> None:
         if np.dtype(dtype) not in (np.dtype(np.float32), np.dtype(np.float64)):
             raise ValueError(f"dtype must be float32 or float64, got {np.dtype(dtype)}")
-        self.config = config
+        if not is_integer(threads) or threads < 1:
+            raise ValueError(f"threads must be an integer of at least 1, got {threads!r}")
+        keep_freed_memory()
+        if threads > 1:
+            # A thread back from the BLAS may find Python's lock taken; it shall not wait the usual 5 ms before insisting.
+            sys.setswitchinterval(1e-4)
+        self.config, self.threads = config, threads
         if params is None:
             self.params = init_params(config, seed, dtype)
         else:
@@ -464,7 +554,9 @@ class GPT:
         Dropout is on when there is a generator to draw it from. Raises ValueError on bad ids, targets or weights.
         """
         idx, targets, count = check_batch(self.config, idx, targets)
-        logits, _ = self._logits(idx, row_generators(rng, len(idx)))
+        rngs = row_generators(rng, len(idx))
+        parts = self._in_parts(lambda rows: self._logits(idx[rows], rngs and rngs[rows])[0], len(idx))
+        logits = np.concatenate(parts)
         loss = None if targets is None else cross_entropy_forward(logits, targets, count)[0]
         return logits, loss
 
@@ -485,9 +577,28 @@ class GPT:
         if targets is None:
             raise ValueError("targets must be an array of token ids, got None")
         idx, targets, own_count = check_batch(self.config, idx, targets, allow_no_target=count is not None)
-        logits, caches = self._logits(idx, row_generators(rng, len(idx)), keep_caches=True)
-        loss, loss_cache = cross_entropy_forward(logits, targets, count or own_count)
-        return loss, self._backward(cross_entropy_backward(loss_cache), caches)
+        rngs = row_generators(rng, len(idx))
+
+        def loss_and_grads_of(rows: slice) -> tuple[np.floating, Params]:
+            logits, caches = self._logits(idx[rows], rngs and rngs[rows], keep_caches=True)
+            loss, loss_cache = cross_entropy_forward(logits, targets[rows], count or own_count)
+            return loss, self._backward(cross_entropy_backward(loss_cache), caches)
+
+        (loss, grads), *others = self._in_parts(loss_and_grads_of, len(idx))
+        for part_loss, part_grads in others:
+            loss += part_loss
+            for name, grad in grads.items():
+                grad += part_grads[name]
+        return loss, grads
+
+    def _in_parts(self, function: Callable[[slice], object], B: int) -> list:
+        """[function(rows), ...] over the batch's rows in `threads` slices, or B where that is less, side by side."""
+        n = min(self.threads, B)
+        slices = [slice(B * i // n, B * (i + 1) // n) for i in range(n)]
+        if n == 1:
+            return [function(slices[0])]
+        with ThreadPoolExecutor(n) as pool:
+            return list(pool.map(function, slices))
 
     def _logits(
         self,
@@ -609,6 +720,21 @@ def sample(logits: np.ndarray, temperature: float, top_k: int | None, rng: np.ra
     return (cdf > threshold).argmax(axis=-1)
 
 
+def keep_freed_memory() -> None:
+    """Have the C library keep the memory of freed arrays for the next ones, in place of handing it back at once.
+
+    By default glibc, Linux's, takes every large array from the system as fresh pages, and their first touch costs more
+    than the arithmetic on them: at the small preset nearly half of a training step. The three settings are: no page
+    mappings of their own for arrays below 1 GB, nothing handed back below 2 GB, and one pool for all threads. They
+    hold for the whole process. Other systems' libraries are left alone.
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # the names and numbers of <malloc.h>
+        libc.mallopt(M_MMAP_THRESHOLD, 2**30)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        libc.mallopt(M_ARENA_MAX, 1)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Learning
 
@@ -668,11 +794,20 @@ class AdamW:
         correction1, correction2 = 1 - beta1**self.t, 1 - beta2**self.t
         for name, param in self.params.items():
             grad, m, v = grads[name], self.m[name], self.v[name]
-            m += (1 - beta1) * (grad - m)
-            v += (1 - beta2) * (grad * grad - v)
+            m *= beta1
+            m += (1 - beta1) * grad
+            square = grad * grad
+            square *= 1 - beta2
+            v *= beta2
+            v += square
+            denominator = np.sqrt(v, out=square)
+            denominator /= math.sqrt(correction2)
+            denominator += self.eps
+            update = m / denominator
+            update *= lr / correction1
             if param.ndim >= 2:
                 param *= 1 - lr * self.weight_decay
-            param -= (lr / correction1) * m / (np.sqrt(v) / math.sqrt(correction2) + self.eps)
+            param -= update
 
 
 # ---------------------------------------------------------------------------------------------------------------------
