@@ -332,8 +332,7 @@ def mask_future(att: np.ndarray) -> None:
     The later tokens lie above the diagonal of the last square. -inf and no finite number: it excludes at any scale.
     """
     rows = att.shape[-2]
-    square = att[..., -rows:]
-    square += np.triu(np.full((rows, rows), -np.inf, att.dtype), k=1)
+    np.copyto(att[..., -rows:], -np.inf, where=np.triu(np.ones((rows, rows), bool), k=1))
 
 
 def attention_forward(
@@ -534,7 +533,7 @@ class GPT:
             raise ValueError(f"threads must be an integer of at least 1, got {threads!r}")
         keep_freed_memory()
         if threads > 1:
-            # A thread back from the BLAS may find Python's lock taken; it shall not wait the usual 5 ms before insisting.
+            # A thread back from the BLAS may find Python's lock taken: it shall insist before the usual 5 ms are over.
             sys.setswitchinterval(1e-4)
         self.config, self.threads = config, threads
         if params is None:
@@ -577,11 +576,15 @@ class GPT:
         if targets is None:
             raise ValueError("targets must be an array of token ids, got None")
         idx, targets, own_count = check_batch(self.config, idx, targets, allow_no_target=count is not None)
+        if count is None:
+            count = own_count
+        elif not is_integer(count) or count < max(own_count, 1):
+            raise ValueError(f"count must be an integer of at least {max(own_count, 1)}, got {count!r}")
         rngs = row_generators(rng, len(idx))
 
         def loss_and_grads_of(rows: slice) -> tuple[np.floating, Params]:
             logits, caches = self._logits(idx[rows], rngs and rngs[rows], keep_caches=True)
-            loss, loss_cache = cross_entropy_forward(logits, targets[rows], count or own_count)
+            loss, loss_cache = cross_entropy_forward(logits, targets[rows], count)
             return loss, self._backward(cross_entropy_backward(loss_cache), caches)
 
         (loss, grads), *others = self._in_parts(loss_and_grads_of, len(idx))
@@ -713,7 +716,9 @@ def sample(logits: np.ndarray, temperature: float, top_k: int | None, rng: np.ra
         kth = np.partition(logits, -top_k, axis=-1)[:, -top_k, None]
         logits[logits < kth] = -np.inf
     # The maximum goes first, so that a tiny temperature makes the others -inf and not the largest one inf.
-    cdf = np.exp((logits - logits.max(axis=-1, keepdims=True)) / temperature).cumsum(axis=-1)
+    with np.errstate(over="ignore"):
+        scaled = (logits - logits.max(axis=-1, keepdims=True)) / temperature
+    cdf = np.exp(scaled).cumsum(axis=-1)
     total = cdf[:, -1:]
     # u < 1, but u * total may round up to the total, which no cdf exceeds.
     threshold = np.minimum(rng.random(len(logits))[:, None] * total, np.nextafter(total, 0))

@@ -148,7 +148,7 @@ class GPT(nn.Module):
         return F.linear(self.ln_f(x), self.wte.weight)  # the tied head: wte once more
 
     def _check_finite(self, logits: Tensor) -> None:
-        """Raises ValueError if a logit is NaN or infinite. The happy path asks the device one question."""
+        """Raises ValueError if a logit is NaN or infinite. If all are finite, the device is asked once."""
         if not torch.isfinite(logits).all():
             params = {name: param.detach().float().cpu().numpy() for name, param in self.named_parameters()}
             check_finite(logits.detach().float().cpu().numpy(), params)
