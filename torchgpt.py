@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from numpygpt import GPTConfig, check_batch, check_count, check_finite, check_ids, check_sampling, init_params
 
@@ -92,6 +93,10 @@ class GPT(nn.Module):
     config: the sizes
     seed, dtype: of the initial weights, float32 or float64
     attention: "sdpa" or "explicit", see Attention
+    pad_vocab_to: the head computes as many columns as the next multiple of this, and leaves those beyond V out of the
+        logits: same function, same parameters, but a width that a GPU's tensor cores like (64, say)
+    recompute: in training keep only each block's input, and compute the block once more in the backward pass: less
+        memory for about a third more time
     """
 
     def __init__(
@@ -101,13 +106,16 @@ class GPT(nn.Module):
         seed: int = 1337,
         dtype: torch.dtype = torch.float32,
         attention: str = "sdpa",
+        pad_vocab_to: int = 1,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         if dtype not in (torch.float32, torch.float64):
             raise ValueError(f"dtype must be float32 or float64, got {dtype}")
         if attention not in ("sdpa", "explicit"):
             raise ValueError(f"attention must be 'sdpa' or 'explicit', got {attention!r}")
-        self.config = config
+        self.config, self.recompute = config, recompute
+        self.vocab_padding = -config.vocab_size % pad_vocab_to
         with torch.device("meta"):  # names and shapes only: the weights follow at once
             self.wte = nn.Embedding(config.vocab_size, config.n_embd)
             self.wpe = nn.Embedding(config.block_size, config.n_embd)
@@ -142,10 +150,16 @@ class GPT(nn.Module):
         x = self.wte(idx) + self.wpe.weight[start : start + idx.shape[1]]
         x = F.dropout(x, self.config.dropout, self.training)
         for i, block in enumerate(self.h):
-            x = block(x, None if pasts is None else pasts[i])
+            if self.recompute and self.training:
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x, None if pasts is None else pasts[i])
         if pasts is not None:
             x = x[:, -1:]  # whoever continues a text needs the logits after its last token only
-        return F.linear(self.ln_f(x), self.wte.weight)  # the tied head: wte once more
+        head = self.wte.weight  # the tied head: wte once more
+        if self.vocab_padding:
+            head = F.pad(head, (0, 0, 0, self.vocab_padding))
+        return F.linear(self.ln_f(x), head)[..., : self.config.vocab_size]
 
     def _check_finite(self, logits: Tensor) -> None:
         """Raises ValueError if a logit is NaN or infinite. If all are finite, the device is asked once."""
