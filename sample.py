@@ -1,0 +1,195 @@
+"""Text from a trained GPT, with either engine.
+
+    python sample.py runs/numpy-small
+    python sample.py runs/numpy-small --prompt "ROMEO:" --max-new-tokens 500 --temperature 0.8 --top-k 40 --seed 7
+    echo "ROMEO:" | python sample.py runs/numpy-small
+
+The run's best checkpoint writes, or its last one if none was best yet. One seed gives one text, whichever engine
+computes it: both compute in float64, where the two agree too closely for any draw to fall between them.
+"""
+
+import dataclasses
+import os
+import shlex
+import stat
+import sys
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+
+from data import UserError
+from data.tokenizers import Tokenizer, load
+from numpygpt import GPT, GPTConfig, Params
+from training.batches import step_rng
+from training.checkpoint import TOKENIZER, load_weights, locate
+from training.command import parse, run_program
+from training.run import read_config
+
+Engine = Literal["numpy", "torch"]
+
+
+def load_run(folder: Path) -> tuple[GPTConfig, Params, Tokenizer]:
+    """The model, weights and tokenizer of a run's best checkpoint, or of its last. Raises UserError.
+
+    A vocabulary with more entries than the tokenizer has tokens is cut to them: the others stand for nothing, and
+    without them they cannot be drawn.
+    """
+    config = read_config(folder).model
+    tokenizer = load(folder / TOKENIZER)
+    checkpoint = locate(folder, "best") or locate(folder, "last")
+    if checkpoint is None:
+        raise UserError(f"{folder} has no checkpoint yet: it is saved at the first evaluation")
+    weights = load_weights(checkpoint, config)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(
+            f"{folder / TOKENIZER} has {tokenizer.vocab_size} tokens, more than the model's {config.vocab_size}"
+        )
+    weights["wte.weight"] = weights["wte.weight"][: tokenizer.vocab_size]
+    return dataclasses.replace(config, vocab_size=tokenizer.vocab_size), weights, tokenizer
+
+
+def token_stream(
+    engine: Engine,
+    config: GPTConfig,
+    weights: Params,
+    prompt: np.ndarray,
+    rng: np.random.Generator,
+    temperature: float,
+    top_k: int | None,
+) -> Iterator[int]:
+    """Token ids after prompt (T,), without end, from either engine. Raises ValueError on impossible settings."""
+    options = {"temperature": temperature, "top_k": top_k, "rng": rng}
+    if engine == "numpy":
+        stream = GPT(config, weights, dtype=np.float64).stream(prompt[None], **options)
+    else:
+        import torch  # here: the NumPy engine must run without it
+
+        import torchgpt
+
+        gpt = torchgpt.GPT(config, dtype=torch.float64)
+        gpt.load_state_dict({name: torch.from_numpy(weight) for name, weight in weights.items()})
+        stream = gpt.stream(torch.from_numpy(prompt[None].astype(np.int64)), **options)
+    return (int(tokens[0]) for tokens in stream)
+
+
+def write_samples(
+    folder: Path,
+    *,
+    prompt: str | None,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    seed: int,
+    num_samples: int,
+    engine: Engine,
+) -> None:
+    """Print the prompt and what follows it, as it is generated, num_samples times. Raises UserError.
+
+    Without a prompt the text begins as after a line end, or if the vocabulary has none, with its first token.
+    """
+    for name, value, least in (
+        ("max_new_tokens", max_new_tokens, 0),
+        ("num_samples", num_samples, 1),
+        ("seed", seed, 0),
+    ):
+        if value < least:
+            raise UserError(f"{name} must be at least {least}, got {value}")
+    config, weights, tokenizer = load_run(folder)
+    ids = tokenizer.encode(prompt) if prompt else first_ids(tokenizer)
+    for number in range(num_samples):
+        if num_samples > 1:
+            print(f"--- sample {number + 1} of {num_samples}")
+        print(prompt or "", end="", flush=True)
+        rng = step_rng(seed, number, "sample")
+        try:
+            new_ids = token_stream(engine, config, weights, ids, rng, temperature, top_k)
+        except ValueError as error:  # what the engines say of settings
+            raise UserError(str(error)) from error
+        for piece in tokenizer.stream(islice(new_ids, max_new_tokens)):
+            print(piece, end="", flush=True)
+        print()
+
+
+def first_ids(tokenizer: Tokenizer) -> np.ndarray:
+    """(1,) int32: what a text without a prompt follows."""
+    try:
+        return tokenizer.encode("\n")
+    except UserError:
+        return np.zeros(1, np.int32)
+
+
+def show_sample(folder: Path, engine: Engine) -> None:
+    """What a trainer ends with: a short text from what it has just saved, and how to get more."""
+    print("\na sample of the best checkpoint:\n")
+    options = {"prompt": None, "max_new_tokens": 300, "temperature": 0.8, "top_k": None, "seed": 1337, "num_samples": 1}
+    write_samples(folder, engine=engine, **options)
+    print(f"\nmore of it:\n    python sample.py {shlex.quote(str(folder))} --engine {engine} --max-new-tokens 1000")
+
+
+def piped_prompt() -> str | None:
+    """The text on standard input if it is a pipe or a file, as it stands. Raises UserError if it is not UTF-8."""
+    mode = os.fstat(sys.stdin.fileno()).st_mode
+    if not (stat.S_ISFIFO(mode) or stat.S_ISREG(mode)):
+        return None
+    return read_prompt()
+
+
+def read_prompt() -> str:
+    """All of standard input. Raises UserError if it is not UTF-8."""
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"the prompt on standard input is not UTF-8: {error.reason} at byte {error.start}") from error
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    import tyro
+
+    def arguments(
+        run: Annotated[Path, tyro.conf.Positional],
+        prompt: str | None = None,
+        max_new_tokens: int = 500,
+        temperature: float = 0.8,
+        top_k: int | None = None,
+        seed: int = 1337,
+        num_samples: int = 1,
+        engine: Engine = "numpy",
+    ) -> dict:
+        """Text from a trained GPT, with either engine.
+
+        Args:
+            run: the folder that a trainer kept its run in.
+            prompt: the text to continue; - reads it from standard input, as does a pipe when there is no --prompt.
+            max_new_tokens: how many tokens to add.
+            temperature: divides the logits; below 1 is bolder, 0 always takes the likeliest token.
+            top_k: draw from the k likeliest tokens only.
+            seed: of the draws; one seed, one text, whichever engine.
+            num_samples: how many texts to write, each with draws of its own.
+            engine: what computes the model; the text is the same.
+        """
+        return {
+            "folder": run,
+            "prompt": prompt,
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "top_k": top_k,
+            "seed": seed,
+            "num_samples": num_samples,
+            "engine": engine,
+        }
+
+    options = parse(arguments, "sample.py", argv)
+    if options["prompt"] == "-":
+        options["prompt"] = read_prompt()
+    elif options["prompt"] is None:
+        options["prompt"] = piped_prompt()
+    write_samples(**options)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main))

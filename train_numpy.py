@@ -1,0 +1,107 @@
+"""Train a GPT with nothing but NumPy: by default the small one, on Tiny Shakespeare, on a CPU, in minutes.
+
+    python train_numpy.py
+    python train_numpy.py --preset tiny
+    python train_numpy.py --data my.txt --n-layer 3 --learning-rate 1e-3
+    python train_numpy.py --resume runs/numpy-small
+    python train_numpy.py --help
+
+The model is numpygpt.py. What stands here is how it learns from one batch; when, from which one, at what rate, and what
+is measured and kept, is training/loop.py, which train_torch.py runs just the same.
+"""
+# ruff: noqa: E402  one thing must be said before NumPy loads
+
+import dataclasses
+import math
+import os
+import sys
+from collections.abc import Sequence
+
+for blas in ("OPENBLAS", "MKL", "VECLIB"):  # the model cuts its batches into threads itself, which pays better
+    os.environ.setdefault(f"{blas}_NUM_THREADS", "1")
+
+import numpy as np
+
+from data import UserError
+from numpygpt import GPT, AdamW, GPTConfig, Params, clip_grad_norm
+from training.batches import Batch, step_rng
+from training.command import parse_flags, run_program
+from training.config import Flags, TrainConfig
+from training.loop import train
+from training.run import open_run
+
+
+class NumpyEngine:
+    """numpygpt.py's model and optimizer, as training.loop wants them.
+
+    threads: into how many parts the model cuts a batch, to compute them side by side
+    """
+
+    def __init__(self, model: GPTConfig, training: TrainConfig, threads: int) -> None:
+        dtype = np.float64 if training.dtype == "float64" else np.float32
+        self.gpt = GPT(model, seed=training.seed, dtype=dtype, threads=threads)
+        betas = (training.beta1, training.beta2)
+        self.optimizer = AdamW(self.gpt.params, betas=betas, weight_decay=training.weight_decay)
+        self.seed, self.grad_clip = training.seed, training.grad_clip or math.inf
+
+    def train_step(self, step: int, micro_batches: Sequence[Batch], lr: float) -> tuple[float, float]:
+        """Forward, backward, clip, update: see training.loop.Engine."""
+        count = sum(targets.size for _, targets in micro_batches)
+        rng = step_rng(self.seed, step, "dropout")
+        total_loss, total_grads = 0.0, None
+        for idx, targets in micro_batches:
+            loss, grads = self.gpt.loss_and_grads(idx, targets, rng=rng, count=count)
+            total_loss += float(loss)
+            total_grads = grads if total_grads is None else add(total_grads, grads)
+        norm = clip_grad_norm(total_grads, self.grad_clip)
+        if not (math.isfinite(total_loss) and math.isfinite(norm)):
+            broken = [name for name, grad in total_grads.items() if not np.isfinite(grad).all()]
+            raise ValueError(f"not finite: {f'the gradient of {broken[0]}' if broken else 'the loss, or the norm'}")
+        self.optimizer.step(total_grads, lr)
+        return total_loss, norm
+
+    def loss(self, idx: np.ndarray, targets: np.ndarray) -> float:
+        return float(self.gpt.forward(idx, targets)[1])
+
+    def num_params(self) -> int:
+        return self.gpt.num_params()
+
+    def save(self) -> tuple[Params, Params, Params, int]:
+        return self.gpt.params, self.optimizer.m, self.optimizer.v, self.optimizer.t
+
+    def load(self, weights: Params, m: Params, v: Params, t: int) -> None:
+        for mine, loaded in ((self.gpt.params, weights), (self.optimizer.m, m), (self.optimizer.v, v)):
+            for name, array in mine.items():
+                array[...] = loaded[name]
+        self.optimizer.t = t
+
+
+def add(grads: Params, others: Params) -> Params:
+    """grads plus others, in place."""
+    for name, grad in grads.items():
+        grad += others[name]
+    return grads
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    flags = parse_flags(argv, Flags, "train_numpy.py", preset="small", description=__doc__.split("\n")[0])
+    if flags.training.dtype == "bfloat16":
+        raise UserError("dtype bfloat16 is for train_torch.py: choose float32 or float64")
+    if flags.training.dtype == "auto":
+        flags = dataclasses.replace(flags, training=dataclasses.replace(flags.training, dtype="float32"))
+
+    with open_run(flags, engine="numpy") as run:
+        engine = NumpyEngine(run.model, run.training, flags.run.threads or os.cpu_count())
+        stopped_by = train(engine, run)
+    if stopped_by is not None:
+        return 128 + stopped_by
+
+    from sample import show_sample  # here: it takes longer to load than --help may take
+
+    show_sample(run.folder, "numpy")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main))

@@ -1,0 +1,314 @@
+"""Checkpoints on disk: a crash at any moment loses nothing, and nothing that is read is trusted.
+
+A checkpoint is a folder, last/ or best/, of three files that belong together:
+
+    model.safetensors        the weights
+    optimizer.safetensors    AdamW's moments, m.<name> and v.<name>
+    state.json               the step and what else a run goes on with; the model's sizes; the SHA-256 of its other
+                             files, of the run's tokenizer.json, and of itself
+
+Writing. The three go into <name>.new, each flushed to the disk, then the folder itself. Only then is the checkpoint
+swapped in: <name> is renamed to <name>.old, <name>.new to <name>, and <name>.old is deleted. A crash leaves one of:
+
+    <name> is there                    it is whole; a .new or .old beside it is rubbish
+    <name> is not there, .old is       the crash fell between the renames: .new is whole, and takes its place
+    neither is there                   the first save never finished: there is no checkpoint
+
+`recover` acts on that. A checkpoint is a matching set by construction; the hashes prove it to whoever reads.
+
+Reading. Every file is measured before it is read, and checked before anything is built from it: the hashes, names,
+shapes, dtypes, and that all numbers are finite. Whatever is wrong is a UserError that names the file and the fault.
+Safetensors hold numbers and JSON holds text: no file can make this program run code.
+"""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+from data import UserError, read_bytes
+from data.tokenizers import shorten, unique_names
+from numpygpt import GPTConfig, Params, param_shapes
+
+__all__ = [
+    "Checkpoint",
+    "State",
+    "build",
+    "load_checkpoint",
+    "load_weights",
+    "locate",
+    "read_json",
+    "recover",
+    "save_checkpoint",
+]
+
+MODEL, OPTIMIZER, STATE, TOKENIZER = "model.safetensors", "optimizer.safetensors", "state.json", "tokenizer.json"
+MAX_JSON_BYTES = 1 << 20
+MAX_HEADER_BYTES = 8 << 20  # of a safetensors file: names, shapes and offsets of some 50,000 tensors
+DTYPES = {"F32": np.float32, "F64": np.float64}
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class State:
+    """Where a run stands, besides weights and moments. Raises ValueError that names the field."""
+
+    step: int  # updates made
+    t: int  # the optimizer's own count of them
+    best_step: int | None  # of the lowest whole-split validation loss so far
+    best_loss: float | None
+    seconds: float  # the run has taken so far, stops not counted
+    engine: str  # that made the last of the updates
+
+    def __post_init__(self) -> None:
+        for name in ("step", "t"):
+            if type(value := getattr(self, name)) is not int or not 0 <= value < 2**31:
+                raise ValueError(f"{name} must be an integer of at least 0, got {shorten(value)}")
+        if (self.best_step is None) != (self.best_loss is None):
+            raise ValueError("best_step and best_loss must be there together, or neither")
+        if self.best_step is not None and (type(self.best_step) is not int or not 0 <= self.best_step <= self.step):
+            raise ValueError(f"best_step must be an integer from 0 to step, got {shorten(self.best_step)}")
+        for name in ("best_loss", "seconds"):
+            value = getattr(self, name)
+            if value is not None and (type(value) not in (int, float) or not 0 <= value < 1e30):
+                raise ValueError(f"{name} must be a number of at least 0, got {shorten(value)}")
+        if self.engine not in ("numpy", "torch"):
+            raise ValueError(f"engine must be numpy or torch, got {shorten(self.engine)}")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A matching set: weights, AdamW's moments m and v with the same names and shapes, and the state."""
+
+    weights: Params
+    m: Params
+    v: Params
+    state: State
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+def save_checkpoint(run: Path, name: str, checkpoint: Checkpoint, config: GPTConfig) -> None:
+    """Put a checkpoint in place of run/<name>, as told above. Raises OSError; then the one that was there still is."""
+    from safetensors.numpy import save  # here: it takes longer to load than --help may take
+
+    moments = {f"m.{k}": a for k, a in checkpoint.m.items()} | {f"v.{k}": a for k, a in checkpoint.v.items()}
+    content = {MODEL: save(checkpoint.weights), OPTIMIZER: save(moments)}
+    hashes = {file: sha256(data) for file, data in content.items()}
+    hashes[TOKENIZER] = sha256((run / TOKENIZER).read_bytes())
+    state = asdict(checkpoint.state) | {"model": asdict(config), "files": hashes}
+    content[STATE] = json.dumps(state | {"sha256": sha256(canonical(state))}, indent=2).encode()
+
+    new, old = run / f"{name}.new", run / f"{name}.old"
+    try:
+        remove(new)
+        os.mkdir(new)
+        for file, data in content.items():
+            write_file(new / file, data)
+        sync_folder(new)
+        if (run / name).exists():
+            os.rename(run / name, old)
+            sync_folder(run)
+        os.rename(new, run / name)
+        sync_folder(run)
+        remove(old)
+    except OSError:
+        recover(run, name)
+        raise
+
+
+def recover(run: Path, name: str) -> None:
+    """After a crash in save_checkpoint: leave run/<name> whole, if it ever was, and nothing beside it."""
+    target, new, old = run / name, run / f"{name}.new", run / f"{name}.old"
+    if not target.exists() and old.exists():
+        os.rename(new if new.exists() else old, target)
+        sync_folder(run)
+    remove(new)
+    remove(old)
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """A new file, on the disk when this returns. Raises OSError."""
+    with open(path, "xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Return once the names in the folder are on the disk. Windows has no way to say so, and needs none."""
+    if hasattr(os, "O_DIRECTORY"):
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def remove(folder: Path) -> None:
+    """Delete a folder, if it is there."""
+    if folder.exists():
+        shutil.rmtree(folder)
+
+
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def canonical(value: dict) -> bytes:
+    """JSON in the one form that hashes compare."""
+    return json.dumps(value, sort_keys=True).encode()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def locate(run: Path, name: str) -> Path | None:
+    """The folder of a checkpoint, or None if it was never saved. Changes nothing: a trainer may be at work on it."""
+    for folder in (run / name, run / f"{name}.old"):  # between the two renames of a save the old one is there
+        if folder.is_dir():
+            return folder
+    return None
+
+
+def load_checkpoint(folder: Path, config: GPTConfig, dtype: type) -> Checkpoint:
+    """Everything in a checkpoint of a model with these sizes and this dtype. Raises UserError."""
+    state, hashes = load_state(folder, config)
+    shapes = param_shapes(config)
+    weights = read_tensors(folder / MODEL, shapes, hashes[MODEL], dtype)
+    moment_shapes = {f"{moment}.{name}": shape for moment in "mv" for name, shape in shapes.items()}
+    moments = read_tensors(folder / OPTIMIZER, moment_shapes, hashes[OPTIMIZER], dtype)
+    m = {name: moments[f"m.{name}"] for name in shapes}
+    v = {name: moments[f"v.{name}"] for name in shapes}
+    for name, second_moment in v.items():
+        if (second_moment < 0).any():
+            raise UserError(f"{folder / OPTIMIZER}: v.{name} has negative entries, which no mean of squares has")
+    return Checkpoint(weights, m, v, state)
+
+
+def load_weights(folder: Path, config: GPTConfig) -> Params:
+    """The weights of a checkpoint, whatever its dtype. Raises UserError."""
+    _, hashes = load_state(folder, config)
+    return read_tensors(folder / MODEL, param_shapes(config), hashes[MODEL], None)
+
+
+def load_state(folder: Path, config: GPTConfig) -> tuple[State, dict[str, str]]:
+    """The state of a checkpoint, and the SHA-256 that each of its files must have. Raises UserError."""
+    path = folder / STATE
+    content = read_json(path)
+    own_hash = content.pop("sha256", None)
+    if own_hash != sha256(canonical(content)):
+        raise UserError(f"{path}: its content does not have its own sha256; the file is damaged")
+    model, hashes = content.pop("model", None), content.pop("files", None)
+    state = build(State, content, path)
+    if type(hashes) is not dict or set(hashes) != {MODEL, OPTIMIZER, TOKENIZER}:
+        raise UserError(f"{path}: files must name {MODEL}, {OPTIMIZER} and {TOKENIZER}, got {shorten(hashes)}")
+    stored = build(GPTConfig, model, path)
+    for name, value in asdict(config).items():
+        if name != "dropout" and getattr(stored, name) != value:  # dropout is no part of what the weights mean
+            raise UserError(f"{path}: the model has {name} {getattr(stored, name)}, the run's config.json {value}")
+    check_hash(
+        folder.parent / TOKENIZER, read_bytes(folder.parent / TOKENIZER, "the run's tokenizer"), hashes[TOKENIZER]
+    )
+    return state, hashes
+
+
+def read_tensors(path: Path, shapes: dict[str, tuple[int, ...]], expected_hash: str, dtype: type | None) -> Params:
+    """The tensors of a safetensors file that must have exactly these names and shapes, all of one dtype.
+
+    dtype: the one they must have, or None for float32 or float64. Raises UserError that names the file and the tensor.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    limit = sum(math.prod(shape) for shape in shapes.values()) * 8 + MAX_HEADER_BYTES
+    size = path.stat().st_size if path.is_file() else 0
+    if size > limit:
+        raise UserError(f"{path} has {size:,} bytes, more than {limit:,}, which is all that this model can need")
+    content = read_bytes(path, "the tensors of a checkpoint", max_bytes=size)
+    header = read_header(path, content)
+    for name in [*shapes, *header]:
+        if name not in header or name not in shapes:
+            raise UserError(f"{path}: tensor {shorten(name)} is {'missing' if name in shapes else 'not of this model'}")
+    wanted = next(iter(header.values())).get("dtype") if dtype is None else {v: k for k, v in DTYPES.items()}[dtype]
+    for name, shape in shapes.items():
+        if header[name].get("shape") != list(shape):
+            raise UserError(f"{path}: {name} must have shape {list(shape)}, got {shorten(header[name].get('shape'))}")
+        if header[name].get("dtype") != wanted or wanted not in DTYPES:
+            expected = wanted if wanted in DTYPES else "F32 or F64"
+            raise UserError(f"{path}: {name} must have dtype {expected}, got {shorten(header[name].get('dtype'))}")
+    check_hash(path, content, expected_hash)
+    try:
+        tensors = load(content)
+    except SafetensorError as error:
+        raise UserError(f"{path}: {error}") from error
+    for name in shapes:
+        if not np.isfinite(tensors[name]).all():
+            raise UserError(f"{path}: {name} has NaN or infinite entries")
+    return {name: tensors[name] for name in shapes}
+
+
+def read_header(path: Path, content: bytes) -> dict[str, dict]:
+    """What a safetensors file says about each of its tensors. Raises UserError."""
+    length = int.from_bytes(content[:8], "little")
+    if len(content) < 8 or length > len(content) - 8:
+        raise UserError(f"{path}: is cut short: {len(content):,} bytes, with a header of {length:,}")
+    if length > MAX_HEADER_BYTES:
+        raise UserError(f"{path}: its header has {length:,} bytes, more than {MAX_HEADER_BYTES:,}")
+    header = parse_json(path, content[8 : 8 + length])
+    header.pop("__metadata__", None)
+    for name, entry in header.items():
+        if type(entry) is not dict:
+            raise UserError(f"{path}: tensor {shorten(name)} is described by {shorten(entry)}, expected an object")
+    return header
+
+
+def check_hash(path: Path, content: bytes, expected: str) -> None:
+    """Raises UserError unless the content of a file is what it was when the checkpoint was saved."""
+    if sha256(content) != expected:
+        raise UserError(f"{path}: its SHA-256 is not the one in {STATE}; the file is damaged, or of another checkpoint")
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file. Raises UserError if there is no file, or anything else in it."""
+    return parse_json(path, read_bytes(path, "a JSON file of a run", max_bytes=MAX_JSON_BYTES))
+
+
+def parse_json(path: Path, content: bytes) -> dict:
+    """Raises UserError for whatever is no JSON object, nested too deeply, ambiguous, or not a finite number."""
+    try:
+        value = json.loads(content.decode("utf-8"), object_pairs_hook=unique_names, parse_constant=refuse_constant)
+    except RecursionError as error:
+        raise UserError(f"{path}: nested too deeply") from error
+    except ValueError as error:  # also JSONDecodeError, UnicodeDecodeError, UserError
+        raise UserError(f"{path}: {error}") from error
+    if type(value) is not dict:
+        raise UserError(f"{path}: expected an object, got {shorten(value)}")
+    return value
+
+
+def refuse_constant(name: str) -> None:
+    """Python's json reads NaN and Infinity, which are no JSON."""
+    raise ValueError(f"{name} is not a number")
+
+
+def build(kind: type[T], values: object, path: Path) -> T:
+    """A dataclass from the object of a JSON file. Raises UserError that names the file and the field."""
+    names = {field.name for field in fields(kind)}
+    if type(values) is not dict or set(values) != names:
+        wrong = sorted(names ^ set(values)) if type(values) is dict else sorted(names)
+        raise UserError(f"{path}: fields missing or unknown: {shorten(', '.join(wrong))}")
+    try:
+        return kind(**values)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error

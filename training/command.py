@@ -1,0 +1,90 @@
+"""A command line -> Flags, through tyro; and every way to fail -> one line and an exit status.
+
+Flags are flat (--n-layer 4 --learning-rate 1e-3). Their defaults are those of --preset, or with --resume those of the
+run; --help shows whichever are in force.
+"""
+
+import argparse
+import contextlib
+import io
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TypeVar
+
+from data import UserError
+from training.config import PRESETS, Flags, ModelFlags, RunFlags
+
+__all__ = ["parse", "parse_flags", "run_program"]
+
+F = TypeVar("F", bound=Flags)
+T = TypeVar("T")
+
+
+def parse_flags(argv: Sequence[str] | None, kind: type[F], program: str, preset: str, description: str) -> F:
+    """The Flags of a command line, sys.argv's if it is None. kind may add groups of flags to Flags, with defaults.
+
+    Exits with status 0 after --help, with 2 and one line after anything that makes no sense. Raises UserError if the
+    run to resume cannot be read.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    first_look = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    first_look.add_argument("--preset", nargs="?")
+    first_look.add_argument("--resume", nargs="?")
+    asked, _ = first_look.parse_known_args(argv)
+    if asked.resume is not None:
+        from training.run import read_config  # here: it takes longer to load than --help may take
+
+        if asked.preset is not None:
+            raise UserError("--preset and --resume exclude each other: a run keeps the configuration it has")
+        config = read_config(Path(asked.resume))
+        model, training = ModelFlags(**asdict(config.model)), config.training
+        preset = config.preset
+    else:
+        preset = asked.preset if asked.preset in PRESETS else preset
+        model, training = PRESETS[preset].model, PRESETS[preset].training
+    default = kind(model, training, RunFlags(preset, resume=asked.resume))
+    return parse(kind, program, argv, description=description, default=default)
+
+
+def parse(kind: type[T] | Callable[..., T], program: str, argv: Sequence[str] | None, **options: object) -> T:
+    """tyro.cli with flat flags; where it would draw a box around an error: one line on stderr, and exit status 2."""
+    import tyro
+
+    flat = (tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone)  # None is what a flag is when it is not given
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            return tyro.cli(kind, prog=program, args=argv, config=flat, **options)
+    except SystemExit as stop:
+        if stop.code:
+            print(f"error: {one_line(box.getvalue())} (see {program} --help)", file=sys.stderr)
+        raise
+
+
+def one_line(box: str) -> str:
+    """What tyro says in the box it draws, up to the first rule across it: after that come hints."""
+    lines = [line.strip("│╭╮╰╯─ \n") for line in box.splitlines()[1:]]
+    return " ".join(lines[: lines.index("")] if "" in lines else lines)
+
+
+def run_program(main: Callable[[], int]) -> int:
+    """main()'s exit status; or 1 and one line on stderr, if something went wrong that the user can mend."""
+    try:
+        return main()
+    except UserError as error:
+        message = str(error)
+    except MemoryError as error:
+        message = f"not enough memory: {error or 'lower batch_size or the sizes of the model'}"
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        message = f"{error.filename or 'input or output'}: {error.strerror or error}"
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    print(f"error: {message}", file=sys.stderr)
+    return 1

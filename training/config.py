@@ -1,0 +1,228 @@
+"""What can be chosen about a run, with the presets; each field's comment is what --help says about it.
+
+ModelFlags   the model's sizes: GPTConfig, except that the vocabulary may be left to the tokenizer
+TrainConfig  everything else that decides which numbers come out
+RunFlags     what does not: where the run is kept, how many threads work on it
+
+The two that decide what comes out are kept with the run, in config.json.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from data.tokenizers import shorten
+from numpygpt import GPTConfig
+
+__all__ = ["PRESETS", "Flags", "ModelFlags", "RunFlags", "TrainConfig", "learning_rate"]
+
+MAX_SIZE = 1 << 20  # of a model in any direction, and of a batch: no machine has room for more
+DTYPES = ("auto", "float32", "bfloat16", "float64")
+
+
+@dataclass(frozen=True)
+class ModelFlags:
+    """The model. The letters are those of numpygpt.py."""
+
+    n_layer: int  # L, transformer blocks
+    n_head: int  # nh, attention heads in each block; divides n_embd
+    n_embd: int  # C, channels
+    block_size: int  # the longest T that the model sees, in tokens; also the length of each training sequence
+    dropout: float  # probability with which an activation is dropped in training, in [0, 1)
+    bias: bool = True  # biases in linear layers and LayerNorms
+    vocab_size: int | None = None  # V; None: as many as the tokenizer has tokens. More is allowed, less is not
+
+    def __post_init__(self) -> None:
+        """Raises ValueError that names the field."""
+        self.gpt_config(1)
+        for name in ("n_layer", "n_head", "n_embd", "block_size"):
+            check_integer(self, name, at_least=1, below=MAX_SIZE)
+
+    def gpt_config(self, tokenizer_vocab_size: int) -> GPTConfig:
+        """The GPTConfig for a tokenizer. Raises ValueError if the tokenizer has more tokens than vocab_size."""
+        fields = dataclasses.asdict(self)
+        if self.vocab_size is None:
+            fields["vocab_size"] = tokenizer_vocab_size
+        config = GPTConfig(**fields)
+        if config.vocab_size < tokenizer_vocab_size:
+            raise ValueError(
+                f"vocab_size must be at least the tokenizer's {tokenizer_vocab_size}, got {config.vocab_size}"
+            )
+        return config
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Data, optimisation and measurement: everything else that decides which numbers come out."""
+
+    max_steps: int  # how many updates to make
+    batch_size: int  # sequences that one update learns from, all micro-batches together
+    learning_rate: float  # peak rate, reached at the end of the warm-up
+    min_lr: float  # the rate that the cosine decay ends at
+    warmup_steps: int  # steps in which the rate rises linearly from 0 to the peak
+    eval_interval: int  # steps between evaluations on the whole validation split, which decide what best/ is
+    data: str | None = None  # shakespeare_char, verse or a UTF-8 text file; None: shakespeare_char, else verse
+    tokenizer: str = "char"  # char, bpe, gpt2, a tokenizer.json, or merges as in GPT-2's vocab.bpe
+    bpe_vocab_size: int = 1024  # how many tokens the tokenizer "bpe" learns from the training split
+    decay_steps: int | None = None  # the step at which the rate arrives at min_lr; None: max_steps
+    grad_accum: int = 1  # micro-batches an update is computed in: less memory, same result
+    weight_decay: float = 0.1  # decoupled decay of matrices; biases and gains have none
+    beta1: float = 0.9  # AdamW's memory of the gradient
+    beta2: float = 0.99  # AdamW's memory of the gradient's square
+    grad_clip: float = 1.0  # largest global norm of the gradient; 0: off
+    estimate_interval: int = 250  # steps between quick estimates of the loss on both splits
+    estimate_batches: int = 5  # random batches of each split in such an estimate; 0: no estimates
+    log_interval: int = 10  # steps between lines of metrics.jsonl about the training batch
+    seed: int = 1337  # of the initial weights, the order of the batches, dropout and estimates
+    # bfloat16 is for train_torch.py alone, where the weights stay float32; auto: bfloat16 on a GPU, else float32
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
+
+    def __post_init__(self) -> None:
+        """Raises ValueError that names the field."""
+        check_integer(self, "batch_size", at_least=1, below=MAX_SIZE)
+        for name in ("max_steps", "grad_accum", "eval_interval", "estimate_interval", "log_interval", "bpe_vocab_size"):
+            check_integer(self, name, at_least=1)
+        for name in ("warmup_steps", "estimate_batches", "seed"):
+            check_integer(self, name, at_least=0)
+        if self.decay_steps is not None:
+            check_integer(self, "decay_steps", at_least=1)
+            if self.decay_steps < self.warmup_steps:
+                raise ValueError(
+                    f"decay_steps must be at least warmup_steps {self.warmup_steps}, got {self.decay_steps}"
+                )
+        for name in ("learning_rate", "min_lr", "weight_decay", "grad_clip"):
+            check_number(self, name)
+        for name in ("beta1", "beta2"):
+            check_number(self, name, below=1)
+        if self.min_lr > self.learning_rate:
+            raise ValueError(f"min_lr must be at most learning_rate {self.learning_rate}, got {self.min_lr}")
+        if self.grad_accum > self.batch_size:
+            raise ValueError(f"grad_accum must be at most batch_size {self.batch_size}, got {self.grad_accum}")
+        for name in ("data", "tokenizer"):
+            value = getattr(self, name)
+            if (not isinstance(value, str) or not value) and (name, value) != ("data", None):
+                raise ValueError(f"{name} must be a name or a file, got {value!r}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+
+
+@dataclass(frozen=True)
+class RunFlags:
+    """Where the run is kept, and how it is computed."""
+
+    # where the other defaults come from: tiny (seconds), small (minutes on a CPU), full (a GPU), gpt2 (a large GPU)
+    preset: Literal["tiny", "small", "full", "gpt2"]
+    run_dir: str | None = None  # folder to keep the run in; None: runs/<engine>-<preset>
+    overwrite: bool = False  # replace the run that is in the folder
+    resume: str | None = None  # go on with the run in this folder; its configuration takes the place of the preset
+    threads: int | None = None  # CPU threads; None: as many as there are cores
+
+    def __post_init__(self) -> None:
+        """Raises ValueError that names the field."""
+        if self.threads is not None:
+            check_integer(self, "threads", at_least=1)
+        if self.resume is not None and (self.overwrite or self.run_dir is not None):
+            raise ValueError("resume already names the run's folder: leave out run_dir and overwrite")
+
+
+@dataclass(frozen=True)
+class Flags:
+    """A whole command line: what was asked for, with a preset's defaults for everything else."""
+
+    model: ModelFlags
+    training: TrainConfig
+    run: RunFlags
+
+
+def check_integer(config: object, name: str, at_least: int, below: int = 2**31) -> None:
+    """Raises ValueError unless the field is an integer in [at_least, below)."""
+    value = getattr(config, name)
+    if not isinstance(value, int) or isinstance(value, bool) or not at_least <= value < below:
+        raise ValueError(f"{name} must be an integer of at least {at_least} and below {below}, got {shorten(value)}")
+
+
+def check_number(config: object, name: str, below: float = 1e30) -> None:
+    """Raises ValueError unless the field is a number in [0, below)."""
+    value = getattr(config, name)
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < below:
+        raise ValueError(f"{name} must be a number in [0, {below}), got {shorten(value)}")
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A model, and a recipe to train it."""
+
+    model: ModelFlags
+    training: TrainConfig
+
+
+PRESETS = {
+    "tiny": Preset(
+        ModelFlags(n_layer=2, n_head=2, n_embd=32, block_size=32, dropout=0.0),
+        TrainConfig(
+            max_steps=200,
+            batch_size=16,
+            learning_rate=6e-3,
+            min_lr=6e-4,
+            warmup_steps=20,
+            eval_interval=100,
+            estimate_interval=50,
+        ),
+    ),
+    "small": Preset(
+        ModelFlags(n_layer=4, n_head=4, n_embd=128, block_size=64, dropout=0.0),
+        TrainConfig(
+            max_steps=2000,
+            batch_size=12,
+            learning_rate=3e-3,
+            min_lr=1e-5,
+            warmup_steps=100,
+            eval_interval=1000,
+        ),
+    ),
+    "full": Preset(
+        ModelFlags(n_layer=6, n_head=6, n_embd=384, block_size=256, dropout=0.2),
+        TrainConfig(
+            max_steps=5000,
+            batch_size=64,
+            learning_rate=1e-3,
+            min_lr=1e-4,
+            warmup_steps=100,
+            eval_interval=250,
+        ),
+    ),
+    "gpt2": Preset(  # GPT-2 small; the recipe is nanoGPT's, with half a million tokens to an update
+        ModelFlags(n_layer=12, n_head=12, n_embd=768, block_size=1024, dropout=0.0, vocab_size=50257),
+        TrainConfig(
+            max_steps=600_000,
+            batch_size=480,
+            grad_accum=60,
+            learning_rate=6e-4,
+            min_lr=6e-5,
+            warmup_steps=2000,
+            eval_interval=1000,
+            beta2=0.95,
+        ),
+    ),
+}
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """The rate of the update that follows `step` updates: linear warm-up, then a cosine down to min_lr.
+
+        step 0                            learning_rate / warmup_steps
+        step warmup_steps - 1             learning_rate: the top of the warm-up
+        step warmup_steps                 learning_rate again: the cosine begins
+        halfway to decay_steps            (learning_rate + min_lr) / 2
+        step decay_steps and after        min_lr
+
+    A run shorter than its warm-up ends within it.
+    """
+    decay_steps = config.max_steps if config.decay_steps is None else config.decay_steps
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    if step >= decay_steps:
+        return config.min_lr
+    progress = (step - config.warmup_steps) / (decay_steps - config.warmup_steps)
+    return config.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (config.learning_rate - config.min_lr)

@@ -1,0 +1,50 @@
+"""Two measures of a model on a split: the exact one that runs are compared by, and a quick estimate of it."""
+
+import math
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from training.batches import Batch, random_batch, read_windows, step_rng
+
+__all__ = ["bits_per_char", "estimate", "evaluate"]
+
+LossFunction = Callable[[np.ndarray, np.ndarray], float]  # idx, targets (B, T) -> mean loss in nats
+
+TOKENS_AT_ONCE = 2048  # of an evaluation batch: few enough for a CPU's cache, enough to keep its cores busy
+
+
+def evaluate(loss: LossFunction, tokens: np.ndarray, block_size: int, batch_size: int | None = None) -> float:
+    """The mean loss over a whole split, tokens (n,) with n >= 2, in nats per token. Nothing about it is random.
+
+    The split is read in windows of block_size that do not overlap, the last of them as short as it must be. So each of
+    the n - 1 tokens that have a token before them is predicted exactly once. The sum is taken in float64; the batch
+    size decides how many windows are computed at once, and nothing else.
+    """
+    total = 0.0
+    for idx, targets in consecutive_windows(tokens, block_size, batch_size or max(1, TOKENS_AT_ONCE // block_size)):
+        total += float(loss(idx, targets)) * targets.size
+    return total / (len(tokens) - 1)
+
+
+def consecutive_windows(tokens: np.ndarray, block_size: int, batch_size: int) -> Iterator[Batch]:
+    """idx, targets (B, T) which together predict tokens[1:], each once; a last short window is a batch by itself."""
+    whole, rest = divmod(len(tokens) - 1, block_size)
+    starts = block_size * np.arange(whole)
+    for first in range(0, whole, batch_size):
+        yield read_windows(tokens, starts[first : first + batch_size], block_size)
+    if rest:
+        yield read_windows(tokens, np.array([whole * block_size]), rest)
+
+
+def estimate(
+    loss: LossFunction, tokens: np.ndarray, block_size: int, batch_size: int, num_batches: int, seed: int, step: int
+) -> float:
+    """The mean loss of a few random batches in nats per token: quick, noisy, and only to watch a run by."""
+    rng = step_rng(seed, step, "estimate")
+    return math.fsum(loss(*random_batch(tokens, block_size, batch_size, rng)) for _ in range(num_batches)) / num_batches
+
+
+def bits_per_char(nats_per_token: float, num_tokens: int, num_chars: int) -> float:
+    """The same loss over the characters that the tokens stand for: what makes tokenizers comparable."""
+    return nats_per_token * num_tokens / (math.log(2) * num_chars)

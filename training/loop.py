@@ -1,0 +1,198 @@
+"""The training loop, one for both engines: learning rate, step, log, evaluate, save; and again.
+
+An engine is a model with its optimizer: train_numpy.py and train_torch.py each define one. Everything that decides
+which numbers come out, apart from the arithmetic itself, is decided here.
+"""
+
+import dataclasses
+import shlex
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from data import UserError
+from numpygpt import Params
+from training.batches import Batch, Batches, split
+from training.checkpoint import Checkpoint, State, locate, save_checkpoint
+from training.config import learning_rate
+from training.evaluate import bits_per_char, estimate, evaluate
+from training.metrics import MetricsWriter, draw_losses, read_metrics
+from training.run import METRICS, PICTURE, Run
+from training.stopping import Stopping
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+__all__ = ["Engine", "train"]
+
+SAVE_SECONDS = 10  # of training are lost in a crash; more, if saving takes long:
+SAVE_RATIO = 50  # times what the last save took must pass before the next, so that saving costs under 2%
+
+
+class Engine(Protocol):
+    """What the loop asks of a model and its optimizer."""
+
+    def train_step(self, step: int, micro_batches: Sequence[Batch], lr: float) -> tuple[float, float]:
+        """Learn from one batch -> its mean loss in nats, and the gradient's global norm before clipping.
+
+        micro_batches: the batch in parts; the update is that of the whole. Dropout is addressed by the step. Raises
+        ValueError, before any weight is touched, if the loss or a gradient is NaN or infinite.
+        """
+        ...
+
+    def loss(self, idx: np.ndarray, targets: np.ndarray) -> float:
+        """idx, targets (B, T) -> mean loss in nats, without dropout."""
+        ...
+
+    def num_params(self) -> int: ...
+
+    def save(self) -> tuple[Params, Params, Params, int]:
+        """Weights, AdamW's moments m and v, and its count of steps t."""
+        ...
+
+    def load(self, weights: Params, m: Params, v: Params, t: int) -> None:
+        """What `save` returned, in either engine."""
+        ...
+
+
+def train(engine: Engine, run: Run) -> int | None:
+    """Train until max_steps are made, or until a signal asks to stop -> that signal, or None.
+
+    A signal lets the step finish, and saves. Raises UserError if the numbers stop being finite; what was saved before,
+    stays.
+    """
+    from tqdm import tqdm  # here: it takes longer to load than --help may take
+
+    config, tokens_per_step = run.training, run.training.batch_size * run.model.block_size
+    batches = Batches(run.train_tokens, run.model.block_size, config.batch_size, config.seed)
+    state = State(step=0, t=0, best_step=None, best_loss=None, seconds=0.0, engine=run.engine)
+    if run.checkpoint is not None:
+        state = dataclasses.replace(run.checkpoint.state, engine=run.engine)
+        engine.load(run.checkpoint.weights, run.checkpoint.m, run.checkpoint.v, state.t)
+    introduce(engine, run, state)
+
+    with (
+        MetricsWriter(run.folder / METRICS) as metrics,
+        tqdm(total=config.max_steps, initial=state.step, unit="step", disable=None, dynamic_ncols=True) as bar,
+        Stopping() as stopping,
+    ):
+        began = time.perf_counter() - state.seconds
+        timed_step, timed_at = state.step, time.perf_counter()
+        save_at = time.perf_counter() + SAVE_SECONDS
+        try:
+            for step in range(state.step, config.max_steps):
+                lr = learning_rate(step, config)
+                micro_batches = split(batches.at(step), config.grad_accum)
+                loss, grad_norm = engine.train_step(step, micro_batches, lr)
+                now = time.perf_counter()
+
+                if step % config.log_interval == 0:
+                    loss, grad_norm = float(loss), float(grad_norm)
+                    speed = (step + 1 - timed_step) * tokens_per_step / (now - timed_at)
+                    timed_step, timed_at = step + 1, now
+                    update = {"lr": lr, "grad_norm": grad_norm, "tokens": step * tokens_per_step}
+                    times = {"seconds": now - began, "tokens_per_s": speed}
+                    metrics.write(step, "train", "batch", loss, **update, **times)
+                    bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
+                bar.update()
+
+                state = dataclasses.replace(state, step=step + 1, seconds=now - began)
+                if state.step % config.estimate_interval == 0 and config.estimate_batches > 0:
+                    watch(engine, run, state, metrics, bar)
+                due = state.step % config.eval_interval == 0 or state.step == config.max_steps
+                if due:
+                    state = measure(engine, run, state, metrics, bar)
+                if due or stopping.signal or now > save_at:
+                    started = time.perf_counter()
+                    save(engine, run, state, metrics)
+                    now = time.perf_counter()
+                    save_at = now + max(SAVE_SECONDS, SAVE_RATIO * (now - started))
+                    timed_step, timed_at = state.step, now  # the speed is that of training
+                if stopping.signal:
+                    break
+        except UserError:
+            raise
+        except ValueError as error:  # what the engines raise when a number is not finite
+            raise UserError(f"stopped after {state.step} updates: {error}; {what_is_saved(run)}") from error
+
+    conclude(run, state)
+    return stopping.signal if state.step < config.max_steps else None
+
+
+def watch(engine: Engine, run: Run, state: State, metrics: MetricsWriter, bar: "tqdm") -> None:
+    """Estimate the loss on both splits, quickly."""
+    config = run.training
+    report = []
+    for name, tokens in (("train", run.train_tokens), ("val", run.val_tokens)):
+        sizes = (run.model.block_size, config.batch_size, config.estimate_batches)
+        loss = estimate(engine.loss, tokens, *sizes, config.seed, state.step)
+        metrics.write(state.step, name, "estimate", loss, **so_far(run, state))
+        report.append(f"{name} {loss:.4f}")
+    say(bar, f"step {state.step:>6}: {', '.join(report)} (estimates)")
+
+
+def measure(engine: Engine, run: Run, state: State, metrics: MetricsWriter, bar: "tqdm") -> State:
+    """Measure the loss on the whole validation split -> the state, with the best so far."""
+    loss = evaluate(engine.loss, run.val_tokens, run.model.block_size)
+    bits = bits_per_char(loss, len(run.val_tokens) - 1, run.val_chars)
+    metrics.write(state.step, "val", "full", loss, bits_per_char=bits, **so_far(run, state))
+    say(bar, f"step {state.step:>6}: val {loss:.4f} on the whole split, {bits:.4f} bits per character")
+    if state.best_loss is None or loss < state.best_loss:
+        state = dataclasses.replace(state, best_step=state.step, best_loss=loss)
+    return state
+
+
+def so_far(run: Run, state: State) -> dict[str, float]:
+    """What every evaluation says about the way up to it."""
+    return {"tokens": state.step * run.training.batch_size * run.model.block_size, "seconds": state.seconds}
+
+
+def say(bar: "tqdm", line: str) -> None:
+    """Print a line above the progress bar."""
+    with bar.external_write_mode():
+        print(line, flush=True)
+
+
+def save(engine: Engine, run: Run, state: State, metrics: MetricsWriter) -> None:
+    """last/, and best/ if this is it. In this order: a run that is resumed makes up for a best/ that is missing."""
+    metrics.sync()  # the lines up to a checkpoint are on the disk before it is
+    weights, m, v, t = engine.save()
+    checkpoint = Checkpoint(weights, m, v, dataclasses.replace(state, t=t))
+    save_checkpoint(run.folder, "last", checkpoint, run.model)
+    if state.best_step == state.step:
+        save_checkpoint(run.folder, "best", checkpoint, run.model)
+
+
+def introduce(engine: Engine, run: Run, state: State) -> None:
+    """What is about to happen."""
+    model, config = run.model, run.training
+    print(
+        f"{run.engine} engine, {config.dtype}, {engine.num_params():,} parameters: {model.n_layer} layers, "
+        f"{model.n_head} heads, {model.n_embd} channels, block {model.block_size}, vocabulary {model.vocab_size}"
+    )
+    print(f"{config.data}: {len(run.train_tokens):,} tokens to learn from, {len(run.val_tokens):,} to validate on")
+    print("to beat: " + ", ".join(f"{name} {loss:.4f}" for name, loss in run.yardsticks.items()) + " nats per token")
+    print(f"{'going on' if state.step else 'keeping the run'} in {run.folder}, step {state.step} of {config.max_steps}")
+
+
+def conclude(run: Run, state: State) -> None:
+    """loss.png, and what came out."""
+    title = f"{run.folder.name}: {run.engine}, {run.training.data}"
+    draw_losses(run.folder / PICTURE, read_metrics(run.folder / METRICS), title, run.yardsticks)
+    if state.best_loss is not None:
+        bits = bits_per_char(state.best_loss, len(run.val_tokens) - 1, run.val_chars)
+        print(
+            f"best validation loss, whole split: {state.best_loss:.4f} nats per token, {bits:.4f} bits per character, "
+            f"at step {state.best_step} of {state.step}"
+        )
+    if state.step < run.training.max_steps:
+        print(f"stopped at step {state.step} and saved; go on with:")
+        print(f"    python train_{run.engine}.py --resume {shlex.quote(str(run.folder))}")
+
+
+def what_is_saved(run: Run) -> str:
+    """For whoever has to go back."""
+    last = locate(run.folder, "last")
+    return "nothing was saved yet" if last is None else f"the last good checkpoint is {last}"
