@@ -24,13 +24,13 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
-import tyro
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpygpt
+from training.command import parse, run_program
 
 # Vocabulary and sizes of the presets, without dropout: torch's eager attention leaves its fast path when it drops.
 PRESETS = {
@@ -348,8 +348,9 @@ def profile(preset: str, steps: int = 30) -> None:
     print(f"| the matrix products alone | {floor * 1e3:.2f} | {floor / total:.1%} |")
 
 
-def main() -> None:
-    options = tyro.cli(Options)
+def main() -> int:
+    """The command line; returns the exit status."""
+    options = parse(Options, "bench/cpu.py", None)
     print(f"NumPy {np.__version__}, {options.threads} threads, {options.rounds} rounds")
     for preset in options.presets:
         if options.profile:
@@ -358,7 +359,8 @@ def main() -> None:
             measure_steps(preset, options)
     if options.generation and not options.profile:
         measure_generation(options)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program(main))

@@ -470,6 +470,7 @@ def test_merges_are_accepted_exactly_if_each_can_happen(drawn):
         (((97, 98), (97, 98)), r"the merge \(97, 98\) is there twice"),
         (((97, 98), (98, 99), (97, 257)), r"merge 2, \(97, 257\), can never happen"),  # "ab" takes the b of "bc"
         (((97, 97), (97, 256)), r"merge 1, \(97, 256\), can never happen"),  # in "aaa" the first two merge
+        (((98, 99), (256, 256), (256, 257)), r"merge 2, \(256, 257\), can never happen"),  # the same with "bc" for "a"
         (tuple((256 + n - 1 if n else 97,) * 2 for n in range(60)), "the first .* merges make tokens of over"),
     ],
 )
