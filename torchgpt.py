@@ -132,9 +132,9 @@ class GPT(nn.Module):
         """idx (B, T) integers, targets (B, T) integers or None -> logits (B, T, V), mean loss in nats or None.
 
         Dropout is on in training mode. Raises ValueError on bad ids, targets or weights, as numpygpt does; not inside
-        torch.compile, where a check would stop the device at every step: there the caller vouches for the batch.
+        torch.compile or a CUDA graph, where a check would stop the device: there the caller vouches for the batch.
         """
-        checked = not torch.compiler.is_compiling()
+        checked = not torch.compiler.is_compiling() and not (idx.is_cuda and torch.cuda.is_current_stream_capturing())
         if checked:
             check_batch(self.config, idx.cpu().numpy(), None if targets is None else targets.cpu().numpy())
         logits = self._logits(idx)

@@ -15,6 +15,7 @@ import dataclasses
 import math
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 for blas in ("OPENBLAS", "MKL", "VECLIB"):  # the model cuts its batches into threads itself, which pays better
@@ -24,7 +25,7 @@ import numpy as np
 
 from data import UserError
 from numpygpt import GPT, AdamW, GPTConfig, Params, clip_grad_norm
-from training.batches import Batch, step_rng
+from training.batches import Batch, read_windows, step_rng
 from training.command import parse_flags, run_program
 from training.config import Flags, TrainConfig
 from training.loop import train
@@ -36,6 +37,8 @@ class NumpyEngine:
 
     threads: into how many parts the model cuts a batch, to compute them side by side
     """
+
+    leader = True
 
     def __init__(self, model: GPTConfig, training: TrainConfig, threads: int) -> None:
         dtype = np.float64 if training.dtype == "float64" else np.float32
@@ -59,6 +62,15 @@ class NumpyEngine:
             raise ValueError(f"not finite: {f'the gradient of {broken[0]}' if broken else 'the loss, or the norm'}")
         self.optimizer.step(total_grads, lr)
         return total_loss, norm
+
+    def check(self) -> None:
+        """Nothing to do: train_step looks at every number."""
+
+    def agree(self, stop: int | None) -> int | None:
+        return stop
+
+    def windows(self, tokens: np.ndarray, starts: np.ndarray, T: int) -> Batch:
+        return read_windows(tokens, starts, T)
 
     def loss(self, idx: np.ndarray, targets: np.ndarray) -> float:
         return float(self.gpt.forward(idx, targets)[1])
@@ -91,6 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if flags.training.dtype == "auto":
         flags = dataclasses.replace(flags, training=dataclasses.replace(flags.training, dtype="float32"))
 
+    warnings.simplefilter("ignore", RuntimeWarning)  # NumPy's of NaN and infinity, at which the engine stops anyway
     with open_run(flags, engine="numpy") as run:
         engine = NumpyEngine(run.model, run.training, flags.run.threads or os.cpu_count())
         stopped_by = train(engine, run)

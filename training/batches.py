@@ -5,7 +5,9 @@ carried from one step to the next, so a resumed run needs no stored generator to
 both engines read the same tokens.
 """
 
+from collections.abc import Callable
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 
@@ -37,16 +39,27 @@ class Batches:
     Raises UserError if the split is too short for a single window.
     """
 
-    def __init__(self, tokens: np.ndarray, block_size: int, batch_size: int, seed: int) -> None:
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        block_size: int,
+        batch_size: int,
+        seed: int,
+    ) -> None:
         if len(tokens) <= block_size:
             raise UserError(
                 f"the training split has {len(tokens)} tokens, but a window needs block_size + 1 = {block_size + 1}: "
                 "use a longer text, or lower block_size"
             )
         self.tokens, self.block_size, self.batch_size, self.seed = tokens, block_size, batch_size, seed
+        self.read: Callable[[np.ndarray, np.ndarray, int], Batch] = read_windows  # a GPU has its own way to gather
         # One window fewer than fit, if that leaves any: so there is room to begin anywhere in the first T tokens.
         self.windows_per_epoch = max(1, len(tokens) // block_size - 1)
         self._epoch_starts = lru_cache(maxsize=2)(self._draw_epoch)  # a batch touches two epochs
+
+    def __reduce__(self) -> tuple:
+        """How to make the same in another process: its caches do not travel."""
+        return Batches, (self.tokens, self.block_size, self.batch_size, self.seed)
 
     def _draw_epoch(self, epoch: int) -> np.ndarray:
         """(windows_per_epoch,): where each window of an epoch begins, in the order in which they are read."""
@@ -59,7 +72,7 @@ class Batches:
         """idx, targets (B, T): the batch of the update that follows `step` updates."""
         numbers = range(step * self.batch_size, (step + 1) * self.batch_size)
         starts = [self._epoch_starts(n // self.windows_per_epoch)[n % self.windows_per_epoch] for n in numbers]
-        return read_windows(self.tokens, np.array(starts), self.block_size)
+        return self.read(self.tokens, np.array(starts), self.block_size)
 
 
 def random_batch(tokens: np.ndarray, block_size: int, batch_size: int, rng: np.random.Generator) -> Batch:
@@ -76,5 +89,5 @@ def read_windows(tokens: np.ndarray, starts: np.ndarray, T: int) -> Batch:
 
 def split(batch: Batch, parts: int) -> list[Batch]:
     """A batch as `parts` micro-batches whose sizes differ by at most one. parts is at most B."""
-    idx, targets = batch
-    return list(zip(np.array_split(idx, parts), np.array_split(targets, parts), strict=True))
+    edges = [len(batch[0]) * part // parts for part in range(parts + 1)]
+    return [tuple(ids[first:last] for ids in batch) for first, last in pairwise(edges)]

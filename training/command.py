@@ -24,8 +24,11 @@ F = TypeVar("F", bound=Flags)
 T = TypeVar("T")
 
 
-def parse_flags(argv: Sequence[str] | None, kind: type[F], program: str, preset: str, description: str) -> F:
-    """The Flags of a command line, sys.argv's if it is None. kind may add groups of flags to Flags, with defaults.
+def parse_flags(
+    argv: Sequence[str] | None, kind: type[F], program: str, preset: str, description: str, **groups: object
+) -> F:
+    """The Flags of a command line, sys.argv's if it is None. kind may add groups of flags to Flags; their defaults come
+    as keywords.
 
     Exits with status 0 after --help, with 2 and one line after anything that makes no sense. Raises UserError if the
     run to resume cannot be read.
@@ -46,7 +49,7 @@ def parse_flags(argv: Sequence[str] | None, kind: type[F], program: str, preset:
     else:
         preset = asked.preset if asked.preset in PRESETS else preset
         model, training = PRESETS[preset].model, PRESETS[preset].training
-    default = kind(model, training, RunFlags(preset, resume=asked.resume))
+    default = kind(model, training, RunFlags(preset, resume=asked.resume), **groups)
     return parse(kind, program, argv, description=description, default=default)
 
 

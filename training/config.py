@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from data import UserError
 from data.tokenizers import shorten
 from numpygpt import GPTConfig
 
@@ -40,13 +41,13 @@ class ModelFlags:
             check_integer(self, name, at_least=1, below=MAX_SIZE)
 
     def gpt_config(self, tokenizer_vocab_size: int) -> GPTConfig:
-        """The GPTConfig for a tokenizer. Raises ValueError if the tokenizer has more tokens than vocab_size."""
+        """The GPTConfig for a tokenizer. Raises UserError if the tokenizer has more tokens than vocab_size."""
         fields = dataclasses.asdict(self)
         if self.vocab_size is None:
             fields["vocab_size"] = tokenizer_vocab_size
         config = GPTConfig(**fields)
         if config.vocab_size < tokenizer_vocab_size:
-            raise ValueError(
+            raise UserError(
                 f"vocab_size must be at least the tokenizer's {tokenizer_vocab_size}, got {config.vocab_size}"
             )
         return config

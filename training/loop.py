@@ -8,13 +8,14 @@ import dataclasses
 import shlex
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from data import UserError
 from numpygpt import Params
-from training.batches import Batch, Batches, split
+from training.batches import Batch, split
 from training.checkpoint import Checkpoint, State, locate, save_checkpoint
 from training.config import learning_rate
 from training.evaluate import bits_per_char, estimate, evaluate
@@ -34,12 +35,27 @@ SAVE_RATIO = 50  # times what the last save took must pass before the next, so t
 class Engine(Protocol):
     """What the loop asks of a model and its optimizer."""
 
+    leader: bool  # among several processes that train one model together, the one that measures, reports and saves
+
+    def windows(self, tokens: np.ndarray, starts: np.ndarray, T: int) -> Batch:
+        """idx, targets (B, T) from tokens (n,) at starts (B,), wherever the engine likes to have them."""
+        ...
+
     def train_step(self, step: int, micro_batches: Sequence[Batch], lr: float) -> tuple[float, float]:
         """Learn from one batch -> its mean loss in nats, and the gradient's global norm before clipping.
 
-        micro_batches: the batch in parts; the update is that of the whole. Dropout is addressed by the step. Raises
-        ValueError, before any weight is touched, if the loss or a gradient is NaN or infinite.
+        micro_batches: the batch in parts; the update is that of the whole. Dropout is addressed by the step. If the
+        loss or a gradient is NaN or infinite, no weight is touched any more: either this raises ValueError at once, or,
+        where looking at a number means to wait for a device, `check` does later.
         """
+        ...
+
+    def check(self) -> None:
+        """Raises ValueError if a step so far was not finite."""
+        ...
+
+    def agree(self, stop: int | None) -> int | None:
+        """The signal that asks this process to stop, or another one that trains with it."""
         ...
 
     def loss(self, idx: np.ndarray, targets: np.ndarray) -> float:
@@ -66,66 +82,80 @@ def train(engine: Engine, run: Run) -> int | None:
     from tqdm import tqdm  # here: it takes longer to load than --help may take
 
     config, tokens_per_step = run.training, run.training.batch_size * run.model.block_size
-    batches = Batches(run.train_tokens, run.model.block_size, config.batch_size, config.seed)
     state = State(step=0, t=0, best_step=None, best_loss=None, seconds=0.0, engine=run.engine)
     if run.checkpoint is not None:
         state = dataclasses.replace(run.checkpoint.state, engine=run.engine)
         engine.load(run.checkpoint.weights, run.checkpoint.m, run.checkpoint.v, state.t)
-    introduce(engine, run, state)
+    run.batches.read = engine.windows
+    if engine.leader:
+        introduce(engine, run, state)
 
+    quiet = None if engine.leader else True  # None: wherever there is no terminal
     with (
-        MetricsWriter(run.folder / METRICS) as metrics,
-        tqdm(total=config.max_steps, initial=state.step, unit="step", disable=None, dynamic_ncols=True) as bar,
+        MetricsWriter(run.folder / METRICS) if engine.leader else nullcontext() as metrics,
+        tqdm(total=config.max_steps, initial=state.step, unit="step", disable=quiet, dynamic_ncols=True) as bar,
         Stopping() as stopping,
     ):
-        began = time.perf_counter() - state.seconds
+        stop, began = None, time.perf_counter() - state.seconds
         timed_step, timed_at = state.step, time.perf_counter()
         save_at = time.perf_counter() + SAVE_SECONDS
         try:
             for step in range(state.step, config.max_steps):
                 lr = learning_rate(step, config)
-                micro_batches = split(batches.at(step), config.grad_accum)
+                micro_batches = split(run.batches.at(step), config.grad_accum)
                 loss, grad_norm = engine.train_step(step, micro_batches, lr)
-                now = time.perf_counter()
+                state = dataclasses.replace(state, step=step + 1)
+                stop = engine.agree(stopping.signal)
 
-                if step % config.log_interval == 0:
+                log = step % config.log_interval == 0
+                look = config.estimate_batches > 0 and state.step % config.estimate_interval == 0
+                due = state.step % config.eval_interval == 0 or state.step == config.max_steps
+                if log or look or due or stop:
+                    engine.check()  # a device works on as long as nobody looks at its numbers
                     loss, grad_norm = float(loss), float(grad_norm)
+                now = time.perf_counter()
+                state = dataclasses.replace(state, seconds=now - began)
+                bar.update()
+                if not engine.leader:
+                    if stop:
+                        break
+                    continue
+
+                if log:
                     speed = (step + 1 - timed_step) * tokens_per_step / (now - timed_at)
                     timed_step, timed_at = step + 1, now
                     update = {"lr": lr, "grad_norm": grad_norm, "tokens": step * tokens_per_step}
                     times = {"seconds": now - began, "tokens_per_s": speed}
                     metrics.write(step, "train", "batch", loss, **update, **times)
                     bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
-                bar.update()
-
-                state = dataclasses.replace(state, step=step + 1, seconds=now - began)
-                if state.step % config.estimate_interval == 0 and config.estimate_batches > 0:
+                if look:
                     watch(engine, run, state, metrics, bar)
-                due = state.step % config.eval_interval == 0 or state.step == config.max_steps
                 if due:
                     state = measure(engine, run, state, metrics, bar)
-                if due or stopping.signal or now > save_at:
+                if due or stop or now > save_at:
                     started = time.perf_counter()
+                    engine.check()
                     save(engine, run, state, metrics)
                     now = time.perf_counter()
                     save_at = now + max(SAVE_SECONDS, SAVE_RATIO * (now - started))
                     timed_step, timed_at = state.step, now  # the speed is that of training
-                if stopping.signal:
+                if stop:
                     break
         except UserError:
             raise
         except ValueError as error:  # what the engines raise when a number is not finite
             raise UserError(f"stopped after {state.step} updates: {error}; {what_is_saved(run)}") from error
 
-    conclude(run, state)
-    return stopping.signal if state.step < config.max_steps else None
+    if engine.leader:
+        conclude(run, state)
+    return stop if state.step < config.max_steps else None
 
 
 def watch(engine: Engine, run: Run, state: State, metrics: MetricsWriter, bar: "tqdm") -> None:
     """Estimate the loss on both splits, quickly."""
     config = run.training
     report = []
-    for name, tokens in (("train", run.train_tokens), ("val", run.val_tokens)):
+    for name, tokens in (("train", run.batches.tokens), ("val", run.val_tokens)):
         sizes = (run.model.block_size, config.batch_size, config.estimate_batches)
         loss = estimate(engine.loss, tokens, *sizes, config.seed, state.step)
         metrics.write(state.step, name, "estimate", loss, **so_far(run, state))
@@ -172,7 +202,7 @@ def introduce(engine: Engine, run: Run, state: State) -> None:
         f"{run.engine} engine, {config.dtype}, {engine.num_params():,} parameters: {model.n_layer} layers, "
         f"{model.n_head} heads, {model.n_embd} channels, block {model.block_size}, vocabulary {model.vocab_size}"
     )
-    print(f"{config.data}: {len(run.train_tokens):,} tokens to learn from, {len(run.val_tokens):,} to validate on")
+    print(f"{config.data}: {len(run.batches.tokens):,} tokens to learn from, {len(run.val_tokens):,} to validate on")
     print("to beat: " + ", ".join(f"{name} {loss:.4f}" for name, loss in run.yardsticks.items()) + " nats per token")
     print(f"{'going on' if state.step else 'keeping the run'} in {run.folder}, step {state.step} of {config.max_steps}")
 

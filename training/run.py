@@ -22,6 +22,7 @@ import numpy as np
 from data import UserError, write_atomically
 from data.tokenizers import Tokenizer, get_tokenizer, load, save, shorten
 from numpygpt import GPTConfig
+from training.batches import Batches
 from training.checkpoint import (
     TOKENIZER,
     Checkpoint,
@@ -76,7 +77,7 @@ class Run:
     model: GPTConfig
     training: TrainConfig
     tokenizer: Tokenizer
-    train_tokens: np.ndarray  # (n,) integers
+    batches: Batches  # of the training split
     val_tokens: np.ndarray  # (n,) integers, n >= 2
     val_chars: int  # how many characters val_tokens[1:] stand for
     yardsticks: dict[str, float]  # losses to compare with, in nats per token: the bigram's; verse's entropy
@@ -169,7 +170,7 @@ def assemble(
     corpus: "Corpus",
     checkpoint: Checkpoint | None,
 ) -> Run:
-    """Encode both splits and take the measures that need no model. Raises UserError if validation is too short."""
+    """Encode both splits and take the measures that need no model. Raises UserError if either split is too short."""
     from bigram import bigram_loss
 
     train_tokens, val_tokens = tokenizer.encode(corpus.train_text), tokenizer.encode(corpus.val_text)
@@ -178,11 +179,12 @@ def assemble(
             f"{corpus.name} is too short: its validation split, the last tenth, has {len(val_tokens)} tokens, and 2 "
             "are needed to predict one from the other"
         )
+    batches = Batches(train_tokens, model.block_size, training.batch_size, training.seed)
     val_chars = len(corpus.val_text) - len(tokenizer.decode(val_tokens[:1]))
     yardsticks = {"bigram": bigram_loss(train_tokens, val_tokens, tokenizer.vocab_size)}
     if corpus.entropy_per_char is not None:
         yardsticks["entropy"] = corpus.entropy_per_char * val_chars / (len(val_tokens) - 1)
-    return Run(folder, engine, model, training, tokenizer, train_tokens, val_tokens, val_chars, yardsticks, checkpoint)
+    return Run(folder, engine, model, training, tokenizer, batches, val_tokens, val_chars, yardsticks, checkpoint)
 
 
 def read_config(folder: Path) -> RunConfig:

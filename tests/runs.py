@@ -1,0 +1,83 @@
+"""Small training runs for the tests of training/, the trainers and sample.py."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import train_numpy
+import train_torch
+from data import verse
+from training.command import run_program
+from training.metrics import read_metrics
+
+ROOT = Path(__file__).resolve().parent.parent
+MAINS = {"numpy": train_numpy.main, "torch": train_torch.main}
+ENGINES = tuple(MAINS)
+
+# Small enough that a run takes a second, with everything in it that a large one has.
+SMALL = {
+    "--preset": "tiny",
+    "--n-layer": 2,
+    "--n-embd": 16,
+    "--block-size": 16,
+    "--batch-size": 6,
+    "--max-steps": 12,
+    "--decay-steps": 12,
+    "--warmup-steps": 3,
+    "--eval-interval": 5,
+    "--estimate-interval": 4,
+    "--estimate-batches": 2,
+    "--log-interval": 1,
+    "--threads": 1,
+}
+
+
+def write_text(folder: Path, num_chars: int = 4000) -> Path:
+    """A corpus of pseudo-verse."""
+    path = folder / "text.txt"
+    path.write_text(verse.write(num_chars, 7), encoding="utf-8")
+    return path
+
+
+def arguments(flags: dict[str, object]) -> list[str]:
+    """{"--n-layer": 2, "--overwrite": ""} -> ["--n-layer", "2", "--overwrite"]"""
+    return [word for name, value in flags.items() for word in (name, str(value)) if word != ""]
+
+
+def start(engine: str, text: Path, run_dir: Path, **flags: object) -> int:
+    """Train in this process from the beginning; flags as max_steps=20 -> the exit status."""
+    given = {"--" + name.replace("_", "-"): value for name, value in flags.items()}
+    return run(engine, arguments(SMALL | {"--data": text, "--run-dir": run_dir} | given))
+
+
+def resume(engine: str, run_dir: Path, **flags: object) -> int:
+    """Go on with a run in this process -> the exit status."""
+    given = {"--" + name.replace("_", "-"): value for name, value in flags.items()}
+    return run(engine, arguments({"--resume": run_dir, "--threads": 1} | given))
+
+
+def run(engine: str, argv: Sequence[str]) -> int:
+    """A trainer's command line in this process -> the exit status."""
+    return run_program(lambda: MAINS[engine](argv))
+
+
+def command(program: str, *argv: object, **options: object) -> subprocess.CompletedProcess:
+    """A program of the project in a process of its own, without a network, its output captured as text."""
+    no_network = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
+    return subprocess.run(
+        [sys.executable, ROOT / program, *map(str, argv)],
+        capture_output=True,
+        encoding="utf-8",
+        timeout=120,
+        stdin=subprocess.DEVNULL if "input" not in options else None,
+        env=os.environ | no_network,
+        **options,
+    )
+
+
+def measured(run_dir: Path) -> list[dict]:
+    """metrics.jsonl without the columns that tell the time."""
+    clock = ("seconds", "tokens_per_s")
+    return [{k: v for k, v in line.items() if k not in clock} for line in read_metrics(run_dir / "metrics.jsonl")]

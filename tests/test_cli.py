@@ -1,0 +1,281 @@
+"""The trainers' command lines: what they print, what they keep, and what they say when something is wrong."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import data.corpus
+from tests.runs import ENGINES, ROOT, SMALL, arguments, command, measured, run, start, write_text
+from training.config import PRESETS
+from training.run import read_config
+
+PROGRAMS = tuple(f"train_{engine}.py" for engine in ENGINES)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_text(tmp_path_factory.mktemp("text"))
+
+
+def one_line(stderr: str) -> str:
+    """The error, which must be a single line."""
+    assert stderr.startswith("error: "), stderr
+    assert stderr.count("\n") == 1, stderr
+    return stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A run from end to end, in a process of its own
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_whole_run_and_a_sample_of_it(engine: str, tmp_path: Path) -> None:
+    text = write_text(tmp_path)
+    flags = SMALL | {"--data": text, "--run-dir": tmp_path / "a run"}
+    if engine == "torch":
+        flags |= {"--device": "cpu"}
+    done = command(f"train_{engine}.py", *arguments(flags))
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "", "no progress bar where nobody watches"
+    for expected in (
+        f"{engine} engine, float32, ",
+        "to beat: bigram ",
+        "step      4: train ",
+        "step      5: val ",
+        "step     12: val ",
+        "best validation loss, whole split: ",
+        "a sample of the best checkpoint:",
+        f"python sample.py '{tmp_path / 'a run'}' --engine {engine}",
+    ):
+        assert expected in done.stdout
+    if engine == "torch":
+        assert "device cpu, float32, eager, fused AdamW" in done.stdout
+    kept = sorted(str(path.relative_to(tmp_path / "a run")) for path in (tmp_path / "a run").rglob("*"))
+    checkpoint = ["model.safetensors", "optimizer.safetensors", "state.json"]
+    checkpoints = [name for folder in ("best", "last") for name in (folder, *(f"{folder}/{f}" for f in checkpoint))]
+    assert kept == sorted(["config.json", "lock", "loss.png", "metrics.jsonl", "tokenizer.json", *checkpoints])
+    assert (tmp_path / "a run" / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+    lines = measured(tmp_path / "a run")
+    steps = {kind: [x["step"] for x in lines if (x["split"], x["protocol"]) == kind] for kind in
+             (("train", "batch"), ("train", "estimate"), ("val", "estimate"), ("val", "full"))}  # fmt: skip
+    assert list(steps.values()) == [list(range(12)), [4, 8, 12], [4, 8, 12], [5, 10, 12]]
+    assert {"step", "split", "protocol", "loss", "lr", "grad_norm", "tokens"} == set(lines[0])
+
+    sampled = command("sample.py", tmp_path / "a run", "--max-new-tokens", 20)
+    assert sampled.returncode == 0, sampled.stderr
+
+
+def test_the_numpy_programs_need_no_pytorch(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise ImportError('no torch here')")
+    flags = arguments(SMALL | {"--data": write_text(tmp_path), "--run-dir": tmp_path / "run"})
+    code = "import sys; sys.path[:0] = sys.argv[1:3]; import train_numpy; sys.exit(train_numpy.main(sys.argv[3:]))"
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path, ROOT, *flags], capture_output=True, encoding="utf-8", timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert "a sample of the best checkpoint" in done.stdout
+
+
+def test_without_corpus_and_network_it_trains_on_verse_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def no_network(*_: object, **__: object) -> None:
+        raise OSError("network is unreachable")
+
+    monkeypatch.setattr(data.corpus, "SHAKESPEARE_FILE", tmp_path / "input.txt")
+    monkeypatch.setattr(data.corpus.urllib.request, "urlopen", no_network)
+    flags = SMALL | {"--run-dir": tmp_path / "run", "--max-steps": 2, "--eval-interval": 2}
+    assert run("numpy", arguments(flags)) == 0
+    printed = capsys.readouterr().out
+    assert "Using the embedded corpus 'verse' instead" in printed
+    assert re.search(r"to beat: bigram \d\.\d+, entropy 0\.\d+ nats per token", printed)
+    assert read_config(tmp_path / "run").training.data == "verse", "a resumed run goes on with verse"
+
+    assert run("numpy", arguments(flags | {"--data": "shakespeare_char", "--run-dir": tmp_path / "other"})) == 1
+    assert "--from FILE" in one_line(capsys.readouterr().err)
+    assert not (tmp_path / "other" / "config.json").exists()
+
+
+def test_default_run_folder(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    flags = SMALL | {"--data": text, "--max-steps": 1, "--decay-steps": 3}
+    assert run("numpy", arguments(flags)) == 0
+    assert (tmp_path / "runs" / "numpy-tiny" / "config.json").is_file()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# --help and errors
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_help_is_complete_and_grouped(program: str) -> None:
+    done = command(program, "--help", "--preset", "gpt2")
+    assert done.returncode == 0
+    shown = " ".join(done.stdout.replace("│", " ").split())
+    for group in ("model options", "training options", "run options"):
+        assert group in shown
+    flags = ["--n-layer", "--dropout", "--bias, --no-bias", "--vocab-size", "--data", "--tokenizer", "--max-steps"]
+    flags += ["--batch-size", "--grad-accum", "--learning-rate", "--min-lr", "--warmup-steps", "--decay-steps"]
+    flags += ["--weight-decay", "--beta1", "--beta2", "--grad-clip", "--eval-interval", "--log-interval", "--seed"]
+    flags += ["--dtype", "--preset {tiny,small,full,gpt2}", "--run-dir", "--resume", "--overwrite", "--threads"]
+    if program == "train_torch.py":
+        flags += ["device options", "--device {cpu,cuda,mps}", "--compile, --no-compile", "--fused, --no-fused"]
+    for flag in flags:
+        assert flag in shown, flag
+    assert "(default: 50257)" in shown, "the defaults are those of the preset asked for"
+
+
+def test_help_loads_nothing_slow() -> None:
+    code = "import sys, train_numpy\ntry: train_numpy.main(['--help'])\nexcept SystemExit: print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", cwd=ROOT, timeout=60)
+    loaded = set(done.stdout.splitlines()[-1].split())
+    assert "tyro" in loaded
+    assert not loaded & {"torch", "matplotlib", "safetensors"}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (["--foo", "3"], "--foo"),
+        (["--n-layer", "x"], "--n-layer"),
+        (["--n-layer", "0"], "n_layer must be"),
+        (["--n-layer"], "--n-layer"),
+        (["--n-embd", "100", "--n-head", "3"], "n_embd must be a multiple of n_head"),
+        (["--preset", "huge"], "'huge'"),
+        (["--preset"], "--preset"),
+        (["--learning-rate", "-1"], "learning_rate must be"),
+        (["--grad-accum", "1000"], "grad_accum must be at most"),
+        (["--dtype", "float16"], "float16"),
+        (["stray"], "stray"),
+        (["--resume", "x", "--run-dir", "y"], "no file 'x/config.json'"),
+    ],
+)
+def test_a_wrong_flag_is_one_line(engine: str, wrong: list[str], said: str, capsys: pytest.CaptureFixture) -> None:
+    try:
+        code = run(engine, wrong)
+    except SystemExit as stop:
+        code = stop.code
+    assert code in (1, 2)
+    printed = capsys.readouterr()
+    assert said in one_line(printed.err)
+    assert printed.out == ""
+
+
+@pytest.mark.parametrize(
+    ("engine", "flags", "said"),
+    [
+        ("numpy", {"dtype": "bfloat16"}, "dtype bfloat16 is for train_torch.py"),
+        ("numpy", {"data": "/no/such/file"}, "no file '/no/such/file'"),
+        ("numpy", {"vocab_size": 3}, "vocab_size must be at least the tokenizer's"),
+        ("numpy", {"tokenizer": "klingon"}, "no tokenizer or file 'klingon'"),
+        ("numpy", {"block_size": 5000}, "the training split has 3600 tokens"),
+        ("numpy", {"run_dir": __file__}, "is a file"),
+        ("torch", {"device": "mps"}, "device mps is not available here: choose "),
+    ],
+)
+def test_what_cannot_be_is_one_line(
+    engine: str, flags: dict, said: str, tmp_path: Path, text: Path, capsys: pytest.CaptureFixture
+) -> None:
+    if flags.get("device") == "mps" and torch.backends.mps.is_available():
+        pytest.skip("mps is available here")
+    assert start(engine, text, **{"run_dir": tmp_path / "run"} | flags) == 1
+    assert said in one_line(capsys.readouterr().err)
+    assert not (tmp_path / "run" / "config.json").exists(), "nothing was begun"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "is empty"),
+        (b"a" * 500, "only the character 'a'"),
+        (b"abc\xff\xfe", "not UTF-8"),
+        (b"ab" * 5, "validation split"),
+        (b"abcdefgh" * 10, None),  # a validation split shorter than a window, and a batch longer than the corpus
+        (b"\xef\xbb\xbf" + b"To be,\r\nor not\r\n" * 40, None),
+    ],
+)
+def test_odd_corpora_work_or_are_one_line(
+    content: bytes, said: str | None, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    path = tmp_path / "odd.txt"
+    path.write_bytes(content)
+    code = start("numpy", path, tmp_path / "run", batch_size=40, max_steps=2)
+    printed = capsys.readouterr()
+    if said is None:
+        assert (code, printed.err) == (0, "")
+        assert "\ufeff" not in (
+            characters := json.loads((tmp_path / "run" / "tokenizer.json").read_text())["characters"]
+        )
+        assert "\r" not in characters
+    else:
+        assert code == 1
+        assert said in one_line(printed.err)
+
+
+def test_not_enough_memory_is_one_line(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def too_large(*_: object, **__: object) -> None:
+        raise MemoryError("Unable to allocate 7.28 TiB")
+
+    monkeypatch.setattr("train_numpy.GPT", too_large)
+    assert start("numpy", text, tmp_path / "run") == 1
+    assert "not enough memory: Unable to allocate 7.28 TiB" in one_line(capsys.readouterr().err)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run folder
+
+
+def test_a_run_is_not_overwritten_unless_told(tmp_path: Path, text: Path, capsys: pytest.CaptureFixture) -> None:
+    assert start("numpy", text, tmp_path / "run") == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert start("numpy", text, tmp_path / "run") == 1
+    message = one_line(capsys.readouterr().err)
+    assert "--resume" in message
+    assert "--overwrite" in message
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    assert start("numpy", text, tmp_path / "run", overwrite="", seed=5, max_steps=2) == 0
+    assert read_config(tmp_path / "run").training.seed == 5
+    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
+    assert max(line["step"] for line in measured(tmp_path / "run")) == 2
+
+
+def test_a_folder_that_is_no_run_is_left_alone(tmp_path: Path, text: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters" / "last").write_text("a love letter")
+    (tmp_path / "letters" / "first").write_text("another one")
+    for flags in ({}, {"overwrite": ""}):
+        assert start("numpy", text, tmp_path / "letters", **flags) == 1
+        assert "is not a run, and not empty" in one_line(capsys.readouterr().err)
+    assert sorted(path.name for path in (tmp_path / "letters").iterdir()) == ["first", "last"]
+
+
+def test_a_run_that_cannot_begin_does_not_cost_the_old_one(
+    tmp_path: Path, text: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert start("numpy", text, tmp_path / "run", max_steps=2) == 0
+    before = (tmp_path / "run" / "last" / "model.safetensors").read_bytes()
+    assert start("numpy", text, tmp_path / "run", overwrite="", vocab_size=2) == 1
+    assert (tmp_path / "run" / "last" / "model.safetensors").read_bytes() == before
+
+
+def test_config_json_records_what_was_chosen(tmp_path: Path, text: Path) -> None:
+    assert start("numpy", text, tmp_path / "run", no_bias="", max_steps=2) == 0
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["engine"] == "numpy"
+    assert config["model"]["bias"] is False
+    assert config["training"]["dtype"] == "float32"
+    assert config["training"]["data"] == str(text)
+    assert len(config["corpus_sha256"]) == 64
+    assert PRESETS["tiny"].training.beta2 == config["training"]["beta2"]
