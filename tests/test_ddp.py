@@ -1,0 +1,189 @@
+"""train_torch.py beyond the plain process: teams under torchrun, padded heads, recomputed blocks, unwatched steps."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from data import UserError
+from numpygpt import GPTConfig
+from train_torch import DeviceFlags, TorchEngine, check_memory, flops_per_token
+from training.batches import split
+from training.config import PRESETS
+from training.metrics import read_metrics
+
+ROOT = Path(__file__).resolve().parent.parent
+MODEL = GPTConfig(vocab_size=11, block_size=8, n_layer=2, n_head=2, n_embd=16, dropout=0.3)
+TRAINING = dataclasses.replace(PRESETS["tiny"].training, dtype="float64", seed=3)
+CPU = DeviceFlags("cpu", compile=False, graph=False, pad_vocab=False)
+TINY = ["--preset", "tiny", "--data", "verse", "--device", "cpu", "--dtype", "float64", "--log-interval", "1"]
+
+
+def team(processes: int, *flags: str) -> list[str]:
+    """The command line that starts a team on this machine."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return [*launcher, str(ROOT / "train_torch.py"), *TINY, *flags]
+
+
+def run(command: list[str]) -> subprocess.CompletedProcess:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def losses(folder: Path) -> list[float]:
+    return [m["loss"] for m in read_metrics(folder / "metrics.jsonl") if m["protocol"] == "batch"]
+
+
+def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
+    """One batch cut among processes, unevenly and in micro-batches, is still one batch: same losses at every step."""
+    flags = ["--max-steps", "12", "--batch-size", "7", "--learning-rate", "3e-3"]
+    alone = run([sys.executable, "train_torch.py", *TINY, *flags, "--run-dir", str(tmp_path / "one")])
+    assert alone.returncode == 0, alone.stderr
+    together = run(team(2, *flags, "--grad-accum", "2", "--run-dir", str(tmp_path / "two")))
+    assert together.returncode == 0, together.stderr
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert len(one) == len(two) == 12, "only the leader measures, and once"
+    np.testing.assert_allclose(two, one, rtol=1e-12, err_msg="the gradients of two processes do not add up to one's")
+    assert together.stdout.count("parameters") == 1, "more than one process reports"
+    assert "2 processes" in together.stdout
+
+
+def test_too_few_sequences_for_the_team_is_one_line(tmp_path: Path) -> None:
+    result = run(team(2, "--batch-size", "1", "--run-dir", str(tmp_path / "run")))
+    assert result.returncode != 0
+    assert "error: each of the 2 processes needs a sequence of every micro-batch" in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_process_that_dies_ends_the_run_with_a_clear_line_and_a_checkpoint(tmp_path: Path) -> None:
+    """Kill one of two once something is saved: the other must not hang, and last/ must be whole."""
+    folder = tmp_path / "run"
+    flags = ["--max-steps", "100000", "--eval-interval", "40", "--run-dir", str(folder)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        team(2, *flags), cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            deadline = time.monotonic() + 60
+            while not (folder / "last" / "state.json").exists():
+                assert time.monotonic() < deadline, "nothing was saved within a minute"
+                assert process.poll() is None, process.stderr.read()
+                time.sleep(0.1)
+            listed = subprocess.run(
+                ["ps", "-o", "pid=,args=", "--ppid", str(process.pid)], capture_output=True, text=True
+            )
+            workers = [line.split()[0] for line in listed.stdout.splitlines() if "train_torch.py" in line]
+            os.kill(int(workers[1]), signal.SIGKILL)
+            _, errors = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode != 0
+    assert "lost the others, and stops; what was saved stays" in errors
+    made = json.loads((folder / "last" / "state.json").read_text())["step"]
+    more = ["--resume", str(folder), "--max-steps", str(made + 1)]
+    resumed = run([sys.executable, "train_torch.py", *more, "--device", "cpu"])
+    assert resumed.returncode == 0, resumed.stderr
+
+
+def batch(seed: int, B: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
+    return tuple(torch.from_numpy(np.random.default_rng(seed).integers(MODEL.vocab_size, size=(2, B, 8))))
+
+
+@pytest.mark.parametrize("change", [{"pad_vocab": True}, {"recompute": True}, {"pad_vocab": True, "recompute": True}])
+def test_padding_and_recomputing_change_nothing(change: dict) -> None:
+    """Same losses, norms and weights over several steps with dropout, and the same names and shapes to save."""
+    engines = [TorchEngine(MODEL, TRAINING, flags) for flags in (CPU, dataclasses.replace(CPU, **change))]
+    for step in range(5):
+        (loss, norm), (other_loss, other_norm) = (engine.train_step(step, [batch(step)], 1e-2) for engine in engines)
+        assert abs(other_loss / loss - 1) < 1e-12
+        assert abs(other_norm / norm - 1) < 1e-12
+    weights, others = (engine.save()[0] for engine in engines)
+    for name in weights:
+        # A key's bias has no gradient but rounding, which AdamW makes as large as any other.
+        if not name.endswith("c_attn.bias"):
+            np.testing.assert_allclose(others[name], weights[name], rtol=0, atol=1e-9, err_msg=name)
+
+
+def test_a_step_that_nobody_looked_at_changes_nothing_once_it_is_not_finite() -> None:
+    """On a GPU the numbers are read late. Until then the kernel must leave weights, moments and count alone."""
+    engine = TorchEngine(MODEL, TRAINING, CPU)
+    engine.lazy = True
+    engine.train_step(0, [batch(0)], 1e-2)
+    engine.check()
+    with torch.no_grad():
+        good = engine.gpt.wpe.weight[0, 0].clone()
+        engine.gpt.wpe.weight[0, 0] = torch.nan
+    engine.gpt._check_finite = lambda logits: None  # as within torch.compile, where no check is made
+    before = [array.copy() for part in engine.save()[:3] for array in part.values()]
+    engine.train_step(1, [batch(1)], 1e-2)
+    with torch.no_grad():
+        engine.gpt.wpe.weight[0, 0] = good
+    engine.train_step(2, [batch(2)], 1e-2)  # finite again: still nothing may move
+    with torch.no_grad():
+        engine.gpt.wpe.weight[0, 0] = torch.nan
+    after = [array for part in engine.save()[:3] for array in part.values()]
+    assert all(np.array_equal(a, b, equal_nan=True) for a, b in zip(before, after, strict=True))
+    assert engine.save()[3] == 1
+    with pytest.raises(ValueError, match="at step 1"):
+        engine.check()
+
+
+def test_windows_are_gathered_as_numpy_gathers_them() -> None:
+    tokens, starts = np.random.default_rng(0).integers(11, size=100).astype(np.int32), np.array([0, 91, 17])
+    idx, targets = TorchEngine(MODEL, TRAINING, CPU).windows(tokens, starts, 8)
+    for row, start in enumerate(starts):
+        assert idx[row].tolist() == tokens[start : start + 8].tolist()
+        assert targets[row].tolist() == tokens[start + 1 : start + 9].tolist()
+
+
+def test_parts_of_a_batch_are_all_of_it() -> None:
+    idx, targets = batch(0, B=7)
+    parts = split((idx, targets), 3)
+    assert sorted(len(part) for part, _ in parts) == [2, 2, 3]
+    assert torch.equal(torch.cat([part for part, _ in parts]), idx)
+    assert torch.equal(torch.cat([part for _, part in parts]), targets)
+
+
+def test_floating_point_operations_of_the_full_model() -> None:
+    """6 for each of the 10,770,816 - 256 * 384 weights that multiply, and 12 L C T for attention."""
+    full = PRESETS["full"].model.gpt_config(65)
+    assert flops_per_token(full) == 6 * (10_770_816 - 98_304) + 12 * 6 * 384 * 256
+
+
+def test_a_model_beyond_the_memory_is_refused_before_it_is_made() -> None:
+    class Enormous:
+        model, training = GPTConfig(50257, 1024, 96, 96, 12288), PRESETS["gpt2"].training
+
+    with pytest.raises(UserError, match=r"this needs about [\d,]+ GB of memory"):
+        check_memory(Enormous(), CPU, team=dataclasses.make_dataclass("T", ["rank", "size"])(0, 1))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_recorded_step_does_what_the_plain_one_does() -> None:
+    """A CUDA graph replays the very step: same losses, and warming it up leaves no trace in weights or moments."""
+    training = dataclasses.replace(TRAINING, dtype="float32")
+    model = dataclasses.replace(MODEL, dropout=0.0)
+    flags = DeviceFlags("cuda", compile=False, graph=False, pad_vocab=True)
+    engines = [TorchEngine(model, training, f) for f in (flags, dataclasses.replace(flags, graph=True))]
+    for step in range(5):
+        plain, recorded = (float(engine.train_step(step, [batch(step)], 1e-2)[0]) for engine in engines)
+        assert abs(recorded / plain - 1) < 1e-4
+    assert engines[1].save()[3] == 5
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_dropout_on_a_gpu_is_addressed_by_seed_and_step() -> None:
+    flags = DeviceFlags("cuda", compile=False, graph=True, pad_vocab=True)
+    training = dataclasses.replace(TRAINING, dtype="float32")
+    first, second = (TorchEngine(MODEL, training, flags) for _ in range(2))
+    one, two = ([float(e.train_step(step, [batch(0)], 0.0)[0]) for step in (3, 3, 4)] for e in (first, second))
+    assert one == two
+    assert one[0] == one[1] != one[2]
