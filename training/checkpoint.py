@@ -98,10 +98,17 @@ class Checkpoint:
 
 
 def save_checkpoint(run: Path, name: str, checkpoint: Checkpoint, config: GPTConfig) -> None:
-    """Put a checkpoint in place of run/<name>, as told above. Raises OSError; then the one that was there still is."""
+    """Put a checkpoint in place of run/<name>, as told above.
+
+    Raises OSError as any write does, and ValueError for numbers that are not finite, which no one could load. Then the
+    checkpoint that was there still is.
+    """
     from safetensors.numpy import save  # here: it takes longer to load than --help may take
 
     moments = {f"m.{k}": a for k, a in checkpoint.m.items()} | {f"v.{k}": a for k, a in checkpoint.v.items()}
+    for tensor, array in (checkpoint.weights | moments).items():
+        if not np.isfinite(array).all():
+            raise ValueError(f"not finite: {tensor}")
     content = {MODEL: save(checkpoint.weights), OPTIMIZER: save(moments)}
     hashes = {file: sha256(data) for file, data in content.items()}
     hashes[TOKENIZER] = sha256((run / TOKENIZER).read_bytes())

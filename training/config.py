@@ -176,9 +176,11 @@ PRESETS = {
         TrainConfig(
             max_steps=2000,
             batch_size=12,
-            learning_rate=3e-3,
+            learning_rate=5e-3,
             min_lr=1e-5,
             warmup_steps=100,
+            weight_decay=0.3,
+            beta2=0.995,
             eval_interval=1000,
         ),
     ),

@@ -145,6 +145,9 @@ def train(engine: Engine, run: Run) -> int | None:
             raise
         except ValueError as error:  # what the engines raise when a number is not finite
             raise UserError(f"stopped after {state.step} updates: {error}; {what_is_saved(run)}") from error
+        except OSError as error:  # the disk is full, or gone
+            fault = error.strerror or error
+            raise UserError(f"could not write after {state.step} updates: {fault}; {what_is_saved(run)}") from error
 
     if engine.leader:
         conclude(run, state)

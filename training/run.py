@@ -11,6 +11,7 @@ lock             held by the trainer at work; a dead process holds nothing
 import dataclasses
 import json
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from data import UserError, write_atomically
-from data.tokenizers import Tokenizer, get_tokenizer, load, save, shorten
+from data.tokenizers import Tokenizer, cut, get_tokenizer, load, save, shorten
 from numpygpt import GPTConfig
 from training.batches import Batches
 from training.checkpoint import (
@@ -111,7 +112,9 @@ def begin_run(folder: Path, flags: Flags, engine: str) -> Run:
 
     corpus = load_corpus(flags.training.data)
     training = dataclasses.replace(flags.training, data=corpus.name)
-    tokenizer = get_tokenizer(training.tokenizer, corpus.train_text, training.bpe_vocab_size)
+    # All characters count, or validation might not be writable; but merges are learned from the training split alone.
+    text = corpus.text if training.tokenizer == "char" else corpus.train_text
+    tokenizer = get_tokenizer(training.tokenizer, text, training.bpe_vocab_size)
     model = flags.model.gpt_config(tokenizer.vocab_size)
     run = assemble(folder, engine, model, training, tokenizer, corpus, None)
 
@@ -173,7 +176,7 @@ def assemble(
     """Encode both splits and take the measures that need no model. Raises UserError if either split is too short."""
     from bigram import bigram_loss
 
-    train_tokens, val_tokens = tokenizer.encode(corpus.train_text), tokenizer.encode(corpus.val_text)
+    train_tokens, val_tokens = (encode(tokenizer, text, folder) for text in (corpus.train_text, corpus.val_text))
     if len(val_tokens) < 2:
         raise UserError(
             f"{corpus.name} is too short: its validation split, the last tenth, has {len(val_tokens)} tokens, and 2 "
@@ -185,6 +188,18 @@ def assemble(
     if corpus.entropy_per_char is not None:
         yardsticks["entropy"] = corpus.entropy_per_char * val_chars / (len(val_tokens) - 1)
     return Run(folder, engine, model, training, tokenizer, batches, val_tokens, val_chars, yardsticks, checkpoint)
+
+
+def encode(tokenizer: Tokenizer, text: str, folder: Path) -> np.ndarray:
+    """The token ids of a text, (n,) int32, mapped from a file, so that a large corpus takes disk and not memory.
+
+    The file has no name: it is in the folder as long as the array is, and a crash leaves nothing of it.
+    """
+    with tempfile.TemporaryFile(dir=folder) as file:
+        for piece in cut(text):
+            file.write(tokenizer.encode(piece).astype(np.int32).tobytes())
+        file.flush()
+        return np.memmap(file, np.int32, mode="r") if file.tell() else np.empty(0, np.int32)
 
 
 def read_config(folder: Path) -> RunConfig:
@@ -236,6 +251,8 @@ def locked(folder: Path) -> Iterator[None]:
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
+        for leftover in folder.glob(".*.new"):  # of a write_atomically that a dead process did not finish
+            leftover.unlink()
         yield
 
 
