@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 import torch
 
+import train_torch
 from data import UserError
 from numpygpt import GPTConfig
 from train_torch import DeviceFlags, TorchEngine, check_memory, flops_per_token
 from training.batches import split
+from training.command import run_program
 from training.config import PRESETS
 from training.metrics import read_metrics
 
@@ -110,6 +112,39 @@ def test_padding_and_recomputing_change_nothing(change: dict) -> None:
         # A key's bias has no gradient but rounding, which AdamW makes as large as any other.
         if not name.endswith("c_attn.bias"):
             np.testing.assert_allclose(others[name], weights[name], rtol=0, atol=1e-9, err_msg=name)
+
+
+def test_a_compiled_step_does_what_the_eager_one_does(capsys: pytest.CaptureFixture) -> None:
+    model = dataclasses.replace(MODEL, n_layer=1, dropout=0.0)
+    engines = [TorchEngine(model, TRAINING, flags) for flags in (CPU, dataclasses.replace(CPU, compile=True))]
+    for step in range(2):
+        eager, compiled = (float(engine.train_step(step, [batch(step)], 1e-2)[0]) for engine in engines)
+        assert abs(compiled / eager - 1) < 1e-9
+    if "torch.compile failed" in (errors := capsys.readouterr().err):
+        pytest.skip(f"torch.compile needs a C++ compiler: {errors}")
+
+
+def test_a_full_device_is_one_line_that_names_the_flags_to_change(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. And a long story\nof many lines")
+
+    monkeypatch.setattr(TorchEngine, "train_step", full)
+    flags = [*TINY, "--run-dir", str(tmp_path / "run")]
+    assert run_program(lambda: train_torch.main(flags)) == 1
+    assert capsys.readouterr().err == (
+        "error: not enough memory: the device is full: more --grad-accum, a lower --batch-size or --block-size, "
+        "or --recompute\n"
+    )
+
+
+def test_the_full_model_without_a_gpu_names_the_small_one(capsys: pytest.CaptureFixture) -> None:
+    class Full:
+        model, training = PRESETS["full"].model.gpt_config(65), PRESETS["full"].training
+
+    train_torch.describe(Full(), CPU, train_torch.Team())
+    assert "--preset small takes minutes" in capsys.readouterr().out
 
 
 def test_a_step_that_nobody_looked_at_changes_nothing_once_it_is_not_finite() -> None:
