@@ -156,10 +156,10 @@ def to_torch(arrays: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}
 
 
-def torch_twin(config: numpygpt.GPTConfig, params: Arrays, attention: str = "explicit") -> "torchgpt.GPT":
-    """torchgpt.GPT with these weights and their dtype, in evaluation mode."""
+def torch_twin(config: numpygpt.GPTConfig, params: Arrays, **options: object) -> "torchgpt.GPT":
+    """torchgpt.GPT with these weights and their dtype, in evaluation mode. Attention is explicit if nothing is said."""
     dtype = torch.from_numpy(params["wte.weight"][:1].copy()).dtype
-    model = torchgpt.GPT(config, dtype=dtype, attention=attention)
+    model = torchgpt.GPT(config, dtype=dtype, **{"attention": "explicit", **options})
     model.load_state_dict(to_torch(params))
     return model.eval()
 
@@ -168,7 +168,7 @@ def make(engine: str, config: numpygpt.GPTConfig, params: Arrays) -> "numpygpt.G
     """One of ALL_ENGINES, or of ENGINES, with these weights; PyTorch's in evaluation mode."""
     if engine == "numpy":
         return numpygpt.GPT(config, params)
-    return torch_twin(config, params, "sdpa" if engine == "torch" else engine)
+    return torch_twin(config, params, attention="sdpa" if engine == "torch" else engine)
 
 
 def ids_tensor(ids: np.ndarray) -> torch.Tensor:
@@ -177,10 +177,10 @@ def ids_tensor(ids: np.ndarray) -> torch.Tensor:
 
 
 def forward(model: object, idx: np.ndarray, targets: np.ndarray | None = None) -> tuple[np.ndarray, float | None]:
-    """Logits and loss as arrays, without dropout, of either engine."""
+    """Logits and loss as arrays, of either engine; PyTorch's in the mode that the model is in."""
     if isinstance(model, torch.nn.Module):
         with torch.no_grad():
-            logits, loss = model.eval()(ids_tensor(idx), None if targets is None else ids_tensor(targets))
+            logits, loss = model(ids_tensor(idx), None if targets is None else ids_tensor(targets))
         return logits.numpy(), None if loss is None else loss.numpy()[()]
     return model.forward(idx, targets)
 
