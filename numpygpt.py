@@ -554,7 +554,7 @@ class GPT:
         """
         idx, targets, count = check_batch(self.config, idx, targets)
         rngs = row_generators(rng, len(idx))
-        parts = self._in_parts(lambda rows: self._logits(idx[rows], rngs and rngs[rows])[0], len(idx))
+        parts = in_parts(lambda rows: self._logits(idx[rows], rngs and rngs[rows])[0], len(idx), self.threads)
         logits = np.concatenate(parts)
         loss = None if targets is None else cross_entropy_forward(logits, targets, count)[0]
         return logits, loss
@@ -587,21 +587,12 @@ class GPT:
             loss, loss_cache = cross_entropy_forward(logits, targets[rows], count)
             return loss, self._backward(cross_entropy_backward(loss_cache), caches)
 
-        (loss, grads), *others = self._in_parts(loss_and_grads_of, len(idx))
+        (loss, grads), *others = in_parts(loss_and_grads_of, len(idx), self.threads)
         for part_loss, part_grads in others:
             loss += part_loss
             for name, grad in grads.items():
                 grad += part_grads[name]
         return loss, grads
-
-    def _in_parts(self, function: Callable[[slice], object], B: int) -> list:
-        """[function(rows), ...] over the batch's rows in `threads` slices, or B where that is less, side by side."""
-        n = min(self.threads, B)
-        slices = [slice(B * i // n, B * (i + 1) // n) for i in range(n)]
-        if n == 1:
-            return [function(slices[0])]
-        with ThreadPoolExecutor(n) as pool:
-            return list(pool.map(function, slices))
 
     def _logits(
         self,
@@ -725,6 +716,16 @@ def sample(logits: np.ndarray, temperature: float, top_k: int | None, rng: np.ra
     return (cdf > threshold).argmax(axis=-1)
 
 
+def in_parts(function: Callable[[slice], object], length: int, threads: int) -> list:
+    """[function(part), ...] for the `threads` slices that range(length) is cut into, each in a thread of its own."""
+    n = min(threads, length)
+    parts = [slice(length * i // n, length * (i + 1) // n) for i in range(n)]
+    if n == 1:
+        return [function(parts[0])]
+    with ThreadPoolExecutor(n) as pool:
+        return list(pool.map(function, parts))
+
+
 def keep_freed_memory() -> None:
     """Have the C library keep the memory of freed arrays for the next ones, in place of handing it back at once.
 
@@ -765,7 +766,8 @@ class AdamW:
     """Adam with decoupled weight decay (Loshchilov & Hutter 2019, algorithm 2). Updates params in place.
 
     m and v are running means of the gradient and of its square, t counts the steps. Matrices decay towards zero by
-    lr * weight_decay a step; biases and LayerNorm gains, of one dimension, do not.
+    lr * weight_decay a step; biases and LayerNorm gains, of one dimension, do not. The tensors are shared out among
+    `threads`; no number depends on how many.
     """
 
     def __init__(
@@ -775,6 +777,7 @@ class AdamW:
         betas: tuple[float, float] = (0.9, 0.99),
         eps: float = 1e-8,
         weight_decay: float = 0.1,
+        threads: int = 1,
     ) -> None:
         if not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"betas must be in [0, 1), got {betas!r}")
@@ -783,7 +786,7 @@ class AdamW:
         if not weight_decay >= 0:
             raise ValueError(f"weight_decay must be at least 0, got {weight_decay!r}")
         self.params = params
-        self.betas, self.eps, self.weight_decay = betas, eps, weight_decay
+        self.betas, self.eps, self.weight_decay, self.threads = betas, eps, weight_decay, threads
         self.m = {name: np.zeros_like(param) for name, param in params.items()}
         self.v = {name: np.zeros_like(param) for name, param in params.items()}
         self.t = 0
@@ -794,25 +797,29 @@ class AdamW:
             wrong = sorted(grads.keys() ^ self.params.keys())
             raise ValueError(f"grads must have the names of params; missing or unknown: {', '.join(wrong)}")
         self.t += 1
+        names = list(self.params)
+        in_parts(lambda part: [self._update(name, grads[name], lr) for name in names[part]], len(names), self.threads)
+
+    def _update(self, name: str, grad: np.ndarray, lr: float) -> None:
+        """The update of one tensor, all of it in place."""
+        param, m, v = self.params[name], self.m[name], self.v[name]
         beta1, beta2 = self.betas
         # m and v start at 0 and are too small at first, by exactly these factors (Kingma & Ba 2015, section 3).
         correction1, correction2 = 1 - beta1**self.t, 1 - beta2**self.t
-        for name, param in self.params.items():
-            grad, m, v = grads[name], self.m[name], self.v[name]
-            m *= beta1
-            m += (1 - beta1) * grad
-            square = grad * grad
-            square *= 1 - beta2
-            v *= beta2
-            v += square
-            denominator = np.sqrt(v, out=square)
-            denominator /= math.sqrt(correction2)
-            denominator += self.eps
-            update = m / denominator
-            update *= lr / correction1
-            if param.ndim >= 2:
-                param *= 1 - lr * self.weight_decay
-            param -= update
+        m *= beta1
+        m += (1 - beta1) * grad
+        square = grad * grad
+        square *= 1 - beta2
+        v *= beta2
+        v += square
+        denominator = np.sqrt(v, out=square)
+        denominator /= math.sqrt(correction2)
+        denominator += self.eps
+        update = m / denominator
+        update *= lr / correction1
+        if param.ndim >= 2:
+            param *= 1 - lr * self.weight_decay
+        param -= update
 
 
 # ---------------------------------------------------------------------------------------------------------------------
