@@ -1,7 +1,7 @@
 """The proof that the two engines are one function.
 
 test_layers       each forward/backward pair against PyTorch's autograd and against finite differences
-test_model        the whole model against PyTorch, Hugging Face's GPT-2 and finite differences; names, sizes, fresh weights
+test_model        the whole model against PyTorch, Hugging Face's GPT-2, finite differences; names, sizes, fresh weights
 test_semantics    what a GPT must and must not do, whatever its numbers
 test_dropout      the masks that NumPy drew, played back into PyTorch
 test_trajectory   AdamW, clipping, and hundreds of steps of training in step

@@ -2,14 +2,14 @@
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 
 import numpygpt
 import torchgpt
@@ -26,21 +26,27 @@ Arrays = dict[str, np.ndarray]
 MEASURED: dict[str, dict[str, float]] = {}  # what was compared -> tensor -> the largest error seen in this process
 
 
-def property_test(**strategies: object) -> Callable:
-    """Hypothesis's `given`, with a twin `test.quick` of few examples and no shrinking, for test_mutants."""
+def property_test(share: float = 1.0, always: Sequence[dict] = (), **strategies: object) -> Callable:
+    """Hypothesis's `given`, with a twin `test.quick` of few examples and no shrinking, for test_mutants.
+
+    share: of the profile's examples
+    always: examples that are tried first, every time
+    """
 
     def decorate(test: Callable) -> Callable:
-        wrapped = given(**strategies)(test)
+        wrapped = settings(max_examples=math.ceil(share * settings.default.max_examples))(given(**strategies)(test))
         quick = settings(
-            max_examples=12,
+            max_examples=15,
             derandomize=True,
             database=None,
             deadline=None,
-            phases=[Phase.generate],
+            phases=[Phase.explicit, Phase.generate],
             suppress_health_check=list(HealthCheck),
             report_multiple_bugs=False,
-        )
-        wrapped.quick = quick(given(**strategies)(test))
+        )(given(**strategies)(test))
+        for keywords in reversed(always):
+            wrapped, quick = example(**keywords)(wrapped), example(**keywords)(quick)
+        wrapped.quick = quick
         return wrapped
 
     return decorate
@@ -72,6 +78,12 @@ def relative_error(actual: np.ndarray, expected: np.ndarray, scale: float | None
     return float(ratio[where]), tuple(int(i) for i in where)
 
 
+def keep(what: str, name: str, error: float) -> None:
+    """Note an error in MEASURED, the layers of a model together, if it is the largest so far."""
+    kind, worst = re.sub(r"^h\.\d+\.", "h.*.", name), MEASURED.setdefault(what, {})
+    worst[kind] = max(worst.get(kind, 0.0), error)
+
+
 def assert_close(
     what: str,
     name: str,
@@ -87,9 +99,7 @@ def assert_close(
     what: the kind of comparison; name: the tensor; meaning: what it means if they differ
     """
     error, where = relative_error(actual, expected, scale)
-    kind = re.sub(r"^h\.\d+\.", "h.*.", name)
-    worst = MEASURED.setdefault(what, {})
-    worst[kind] = max(worst.get(kind, 0.0), error)
+    keep(what, name, error)
     if not error <= gate:
         got, wanted = np.asarray(actual)[where], np.asarray(expected)[where]
         raise AssertionError(
@@ -115,12 +125,13 @@ def assert_as_exact_as_torch(
     luck, one unit in the last place of the tensor's size is allowed it all the same. gate: how many times that.
     """
     assert actual.dtype == np.float32, f"{what}, {name}: dtype {actual.dtype}, expected float32"
-    unit = np.abs(torch32.astype(np.float64) - truth).max() + EPS32 * (rms(truth) if scale is None else scale)
+    scale = rms(truth) if scale is None else scale
+    unit = np.abs(torch32.astype(np.float64) - truth).max() + EPS32 * scale
     error = float(np.abs(actual.astype(np.float64) - truth).max())
-    kind = re.sub(r"^h\.\d+\.", "h.*.", name)
     ratio = error / unit if unit > 0 else math.inf if error > 0 else 0.0
-    worst = MEASURED.setdefault(what, {})
-    worst[kind] = max(worst.get(kind, 0.0), ratio)
+    keep(f"{what}: NumPy over PyTorch", name, ratio)
+    for engine, array in (("NumPy", actual), ("PyTorch", torch32)):
+        keep(f"{what}: {engine}", name, relative_error(array, truth, scale)[0])
     if not ratio <= gate:
         raise AssertionError(
             f"{what}, {name}: {error:.2e} off, {ratio:.1f} times what PyTorch's rounding is; the gate is {gate}. "

@@ -1,0 +1,460 @@
+"""The table of mutants: file -> the test that fails -> what is wrong, what is replaced, by what.
+
+`python -m tests.report` prints it as a page.
+"""
+
+from tests.mutants import Mutant
+
+TABLE = {
+    "numpygpt.py": {
+        "test_model.py::test_initial_weights_are_as_specified": [
+            ("residual projections start as large as the others", "0.02 / math.sqrt(2 * config.n_layer)", "0.02"),
+            ("one residual branch counted in a layer, not two", "sqrt(2 * config.n_layer)", "sqrt(config.n_layer)"),
+            ("gains start at 0", "np.ones(shape, dtype)", "np.zeros(shape, dtype)"),
+            (
+                "uniform weights of the same deviation",
+                "std * rng.standard_normal(shape)",
+                "std * rng.uniform(-(3**0.5), 3**0.5, shape)",
+            ),
+        ],
+        "test_model.py::test_each_tensor_has_random_numbers_of_its_own": [
+            (
+                "every tensor drawn from the seed anew",
+                "std * rng.standard_normal(shape)",
+                "std * np.random.default_rng(seed).standard_normal(shape)",
+            ),
+        ],
+        "test_model.py::test_the_weights_of_one_seed_are_the_same_in_both_dtypes": [
+            (
+                "float32 weights drawn in float32",
+                "(std * rng.standard_normal(shape))",
+                "(std * rng.standard_normal(shape, dtype=dtype))",
+            ),
+        ],
+        "test_semantics.py::test_a_repeated_token_gets_all_of_its_gradient[numpy]": [
+            (
+                "a repeated token gets one of its gradients: = for +=",
+                "np.add.reduceat(dx.reshape(-1, C)[order], starts, axis=0)",
+                "dx.reshape(-1, C)[order][starts]",
+            ),
+        ],
+        "test_layers.py::test_layer_parity_float64[embedding]": [
+            ("positions get the gradient of one sequence", "dx.sum(axis=0)", "dx[0]"),
+            ("positions counted from the end of the table", "wpe[:T], (idx", "wpe[-T:], (idx"),
+        ],
+        "test_layers.py::test_layer_parity_float64[layernorm]": [
+            (
+                "sample variance: divided by C - 1",
+                "np.vecdot(xhat, xhat)[..., None] / C",
+                "np.vecdot(xhat, xhat)[..., None] / max(C - 1, 1)",
+            ),
+            ("eps added to the standard deviation", "1 / np.sqrt(variance + eps)", "1 / (np.sqrt(variance) + eps)"),
+            ("eps 1e-6", "eps: float = 1e-5", "eps: float = 1e-6"),
+            ("LayerNorm's backward without the mean", "dx -= mean", "dx -= 0 * mean"),
+            ("LayerNorm's backward without the projection", "dx -= xhat * projection", "dx -= 0 * projection"),
+            ("LayerNorm's backward without 1 / std", "dx *= rstd", "dx *= 1"),
+            ("the gain's gradient times the gain", "sum_rows(dout * xhat)", "sum_rows(dout * xhat * weight)"),
+        ],
+        "test_layers.py::test_layer_parity_float64[linear]": [
+            ("the bias's gradient of one row, not of all", "sum_rows(drows)", "drows[0]"),
+            ("the bias's gradient averaged over rows", "sum_rows(drows)", "sum_rows(drows) / len(drows)"),
+        ],
+        "test_layers.py::test_layer_parity_float64[gelu]": [
+            (
+                "GELU by the error function",
+                "return np.tanh(u, out=u)",
+                "return np.vectorize(math.erf, otypes=[x.dtype])(x / math.sqrt(2))",
+            ),
+            ("two digits of GELU's constant exchanged", "0.044715\n", "0.044175\n"),
+            ("sqrt(2 / pi) rounded to four digits", "GELU_SCALE = math.sqrt(2 / math.pi)", "GELU_SCALE = 0.7979"),
+        ],
+        "test_layers.py::test_layer_finite_differences[gelu]": [
+            ("the derivative of x^3 is x^2", "GELU_SCALE * 3 * GELU_CUBIC", "GELU_SCALE * GELU_CUBIC"),
+        ],
+        "test_dropout.py::test_masks_have_the_right_rate_and_scale": [
+            ("what is kept is not scaled up", "x.dtype.type(1 / (1 - p))", "x.dtype.type(1)"),
+            ("dropped with 1 - p", ">= p for rng", "< p for rng"),
+        ],
+        "test_layers.py::test_layer_parity_float64[dropout]": [
+            ("dropout's backward forgets the mask", "return dout if scale is None else dout * scale", "return dout"),
+        ],
+        "test_dropout.py::test_every_place_and_every_sequence_has_a_mask_of_its_own": [
+            (
+                "one mask for all sequences",
+                "for seed in rng.integers(2**63, size=B)",
+                "for seed in [rng.integers(2**63)] * B",
+            ),
+            (
+                "one mask in all places",
+                "[rng.random(x.shape[1:]",
+                "[np.random.default_rng(rng.bit_generator.seed_seq).random(x.shape[1:]",
+            ),
+        ],
+        "test_dropout.py::test_a_mask_is_drawn_anew_for_every_step": [
+            ("the same mask at every step", "in rng.integers(2**63, size=B)", "in range(B)"),
+        ],
+        "test_semantics.py::test_evaluation_does_not_depend_on_dropout[numpy]": [
+            (
+                "dropout live in evaluation",
+                "        rngs = row_generators(rng, len(idx))\n        parts",
+                "        rngs = row_generators(rng or np.random.default_rng(0), len(idx))\n        parts",
+            ),
+            ("evaluation scaled by 1 - p", "        return x, None\n", "        return x * (1 - p), None\n"),
+        ],
+        "test_dropout.py::test_dropout_parity": [
+            ("values get the gradient of undropped weights", "dv[:, :, seen] += dropped.", "dv[:, :, seen] += probs."),
+            (
+                "attention's weights get a gradient where dropped",
+                "dprobs = dropout_backward(ddropped, scale)",
+                "dprobs = ddropped",
+            ),
+            ("the embeddings get a gradient where dropped", "        dx = dropout_backward(dx, scale)\n", ""),
+        ],
+        "test_layers.py::test_layer_parity_float64[softmax]": [
+            ("softmax overflows", "    x -= x.max(axis=-1, keepdims=True)\n", ""),
+            (
+                "softmax's backward without its row sum",
+                "dx = dprobs - np.vecdot(dprobs, probs)[..., None]",
+                "dx = dprobs.copy()",
+            ),
+        ],
+        "test_layers.py::test_layer_parity_float64[attention]": [
+            ("scores not divided by sqrt(hs)", "att *= 1 / math.sqrt(hs)\n        mask", "mask"),
+            (
+                "scores divided by sqrt(C)",
+                "att *= 1 / math.sqrt(hs)\n        mask",
+                "att *= 1 / math.sqrt(C)\n        mask",
+            ),
+            ("the scores' gradient not divided by sqrt(hs)", "datt *= 1 / math.sqrt(hs)", "datt *= 1"),
+            ("mask off by one: the own token is not seen", "bool), k=1)", "bool), k=0)"),
+            ("a block of queries sees all keys", "slice(0, num_keys - T + end)", "slice(0, num_keys)"),
+            ("keys get the gradient of the last block: = for +=", "dk[:, :, seen] +=", "dk[:, :, seen] ="),
+            ("values get the gradient of the last block: = for +=", "dv[:, :, seen] +=", "dv[:, :, seen] ="),
+            ("k, q, v in the forward pass", "    q, k, v = qkv", "    k, q, v = qkv"),
+            (
+                "heads' gradient cut along the wrong axis",
+                "dy.reshape(B, T, n_head, hs).swapaxes(1, 2)",
+                "dy.reshape(B, n_head, T, hs)",
+            ),
+        ],
+        "test_semantics.py::test_the_future_changes_nothing[numpy]": [
+            ("mask off by one: the next token is seen", "bool), k=1)", "bool), k=2)"),
+            ("a finite mask", "-np.inf, where", "-1e9, where"),
+        ],
+        "test_layers.py::test_layer_finite_differences[attention]": [
+            ("gradients taken apart as q, v, k", "dq, dk, dv = dqkv", "dq, dv, dk = dqkv"),
+        ],
+        "test_semantics.py::test_heads_are_interchangeable[numpy]": [
+            (
+                "heads take every nh-th channel",
+                "qkv.reshape(B, T, 3, n_head, hs).transpose(2, 0, 3, 1, 4)",
+                "qkv.reshape(B, T, 3, hs, n_head).transpose(2, 0, 4, 1, 3)",
+            ),
+        ],
+        "test_layers.py::test_layer_parity_float64[block]": [
+            (
+                "gradient through the MLP, not around it",
+                "    dx = dx + dbranch\n    dbranch, attn_grads",
+                "    dx = dbranch\n    dbranch, attn_grads",
+            ),
+            (
+                "gradient through attention, not around it",
+                "    dx = dx + dbranch\n    grads |=",
+                "    dx = dbranch\n    grads |=",
+            ),
+            ("the MLP reads the stream without its LayerNorm", "mlp_forward(branch, within", "mlp_forward(x, within"),
+            (
+                "the second LayerNorm with the first one's gain",
+                'layernorm_forward(x, p["ln_2.weight"]',
+                'layernorm_forward(x, p["ln_1.weight"]',
+            ),
+        ],
+        "test_layers.py::test_layer_parity_float64[cross_entropy]": [
+            ("the loss's gradient not divided", "    dlogits /= count\n", ""),
+            ("the loss's gradient divided twice", "dlogits /= count", "dlogits /= count * count"),
+            ("ignored targets push all logits down", "    dlogits[~keep] = 0\n", ""),
+        ],
+        "test_semantics.py::test_ignored_targets_count_for_nothing[numpy]": [
+            ("ignored targets count in the loss", "(log_sum - at_target)[keep].sum()", "(log_sum - at_target).sum()"),
+            ("the mean is over ignored targets too", "count = int((targets >= 0).sum())", "count = targets.size"),
+        ],
+        "test_semantics.py::test_the_tied_matrix_gets_both_gradients": [
+            (
+                "the head's gradient replaces the embedding's: = for +=",
+                'grads["wte.weight"] += dwte',
+                'grads["wte.weight"] = dwte',
+            ),
+            ("the embedding's gradient alone", 'grads["wte.weight"] += dwte', 'grads["wte.weight"] += 0 * dwte'),
+        ],
+        "test_model.py::test_parity_of_a_batch_and_its_uneven_pieces": [
+            (
+                "pieces of a batch weigh alike",
+                "cross_entropy_forward(logits, targets[rows], count)",
+                "cross_entropy_forward(logits, targets[rows], max(own_count, 1))",
+            ),
+        ],
+        "test_model.py::test_parity_of_one_thread_and_many": [
+            (
+                "the last rows of a batch get no thread",
+                "slice(length * i // n, length * (i + 1) // n)",
+                "slice(length // n * i, length // n * (i + 1))",
+            ),
+            ("the loss of the first thread alone", "            loss += part_loss\n", ""),
+            ("the gradients of the first thread alone", "grad += part_grads[name]", "grad += 0"),
+        ],
+        "test_semantics.py::test_models_share_no_weights": [
+            ("models share the caller's weights", "copy=params[name].flags.writeable or None", "copy=None"),
+        ],
+        "test_semantics.py::test_calls_leave_nothing_behind[numpy]": [
+            (
+                "the gradient is kept for the next call",
+                "        grads: Params = {}\n        dx, dwte, _",
+                (
+                    "        grads: Params = {}\n"
+                    '        if hasattr(self, "kept"):\n'
+                    "            dlogits = dlogits + self.kept\n"
+                    "        self.kept = 1e-3\n"
+                    "        dx, dwte, _"
+                ),
+            ),
+        ],
+        "test_sampling.py::test_the_cache_changes_nothing[numpy]": [
+            ("cached tokens all stand at position 0", "start = 0 if pasts is None else pasts[0][2]", "start = 0"),
+            (
+                "the cache outlives the window",
+                "window, length = window[:, 1:], 0",
+                "window, length = window[:, 1:], length - 1",
+            ),
+            (
+                "the context is cropped one token early",
+                "window.shape[1] > config.block_size",
+                "window.shape[1] >= config.block_size",
+            ),
+            (
+                "the prompt's beginning is kept, not its end",
+                "idx[:, -config.block_size :]",
+                "idx[:, : config.block_size]",
+            ),
+            (
+                "keys are not cached",
+                "keys[:, :, start : start + T], values[:, :, start : start + T] = k, v",
+                "values[:, :, start : start + T] = v",
+            ),
+        ],
+        "test_sampling.py::test_the_sampler_inverts_the_distribution[numpy]": [
+            ("multiplied by the temperature", ") / temperature", ") * temperature"),
+        ],
+        "test_sampling.py::test_top_k_keeps_ties_and_nothing_else[numpy]": [
+            (
+                "top-k keeps one too many",
+                "np.partition(logits, -top_k, axis=-1)[:, -top_k, None]",
+                "np.partition(logits, -top_k - 1, axis=-1)[:, -top_k - 1, None]",
+            ),
+            (
+                "top-k drops what ties with the k-th",
+                "logits[logits < kth] = -np.inf",
+                'np.put_along_axis(logits, np.argsort(-logits, kind="stable")[:, top_k:], -np.inf, axis=-1)',
+            ),
+        ],
+        "test_sampling.py::test_sampler_parity": [
+            ("one random number for all rows", "rng.random(len(logits))", "rng.random(1)"),
+        ],
+        "test_sampling.py::test_no_token_without_probability_is_drawn_at_the_ends[numpy]": [
+            ("u = 0 draws what has no probability", "(cdf > threshold)", "(cdf >= threshold)"),
+        ],
+        "test_sampling.py::test_the_sampler_works_in_float64[numpy]": [
+            (
+                "the sampler works in float32",
+                "logits = logits.astype(np.float64)",
+                "logits = logits.astype(np.float32)",
+            ),
+        ],
+        "test_trajectory.py::test_clip_parity": [
+            (
+                "the norm of each tensor is clipped",
+                "            grad *= scale\n",
+                "            grad *= min(1.0, max_norm / (float(np.linalg.norm(grad)) + 1e-6))\n",
+            ),
+            ("small gradients are scaled up", "if scale < 1 and", "if"),
+            ("the norm after clipping is returned", "    return norm\n", "    return min(norm, max_norm)\n"),
+        ],
+        "test_trajectory.py::test_clipping_leaves_a_norm_that_is_not_finite_alone[nan]": [
+            (
+                "a norm that is not finite makes all gradients NaN",
+                "if scale < 1 and math.isfinite(norm)",
+                "if not scale >= 1",
+            ),
+        ],
+        "test_trajectory.py::test_adamw_parity": [
+            (
+                "L2 in place of decoupled decay",
+                "param, m, v = self.params[name], self.m[name], self.v[name]\n",
+                (
+                    "param, m, v = self.params[name], self.m[name], self.v[name]\n"
+                    "        if param.ndim >= 2:\n"
+                    "            grad = grad + self.weight_decay * param\n"
+                    "            param /= 1 - lr * self.weight_decay\n"
+                ),
+            ),
+            ("decay does not follow the learning rate", "1 - lr * self.weight_decay", "1 - self.weight_decay"),
+            (
+                "no bias correction",
+                "correction1, correction2 = 1 - beta1**self.t, 1 - beta2**self.t",
+                "correction1, correction2 = 1.0, 1.0",
+            ),
+            ("bias correction one step late", "        self.t += 1\n        names", "        names"),
+            ("epsilon inside the root", "np.sqrt(v, out=square)", "np.sqrt(v + self.eps, out=square)"),
+            (
+                "epsilon before the bias correction",
+                "        denominator /= math.sqrt(correction2)\n        denominator += self.eps\n",
+                "        denominator += self.eps\n        denominator /= math.sqrt(correction2)\n",
+            ),
+            ("m forgets as fast as v", "m += (1 - beta1) * grad", "m += (1 - beta2) * grad"),
+        ],
+        "test_semantics.py::test_exactly_the_matrices_decay": [
+            ("biases and gains decay", "if param.ndim >= 2:", "if True:"),
+            ("gains decay, because their name ends in weight", "if param.ndim >= 2:", 'if name.endswith("weight"):'),
+            ("no decay", "param *= 1 - lr * self.weight_decay", "pass"),
+        ],
+        "test_bad_input.py::test_bad_ids[negative]": [
+            ("negative ids wrap around", "if smallest < low or largest", "if largest"),
+        ],
+        "test_bad_input.py::test_bad_ids[too large]": [
+            ("ids may be V", "largest >= vocab_size", "largest > vocab_size"),
+        ],
+        "test_bad_input.py::test_weights_that_are_not_finite[wte.weight]": [
+            ("weights that are NaN go on", "if not np.isfinite(logits).all():", "if False:"),
+        ],
+        "test_bad_input.py::test_bad_ids[float]": [
+            (
+                "float ids are truncated",
+                "if not np.issubdtype(ids.dtype, np.integer)",
+                "if not np.issubdtype(ids.dtype, np.number)",
+            ),
+        ],
+        "test_bad_input.py::test_bad_sampling[temperature NaN]": [
+            (
+                "a temperature of NaN is taken",
+                "if not 0 <= temperature < math.inf",
+                "if temperature < 0 or temperature == math.inf",
+            ),
+        ],
+        "test_bad_input.py::test_bad_sampling[top_k 0]": [
+            ("top_k 0 is taken", "or top_k < 1)", "or top_k < 0)"),
+        ],
+    },
+    "torchgpt.py": {
+        "test_model.py::test_parity_float64[explicit]": [
+            ("scores not divided by sqrt(hs)", " * (1 / math.sqrt(hs))", ""),
+            ("scores divided by sqrt(C)", "(1 / math.sqrt(hs))", "(1 / math.sqrt(C))"),
+        ],
+        "test_semantics.py::test_the_future_changes_nothing[explicit]": [
+            ("mask off by one", ".tril(att.shape[-1] - T)", ".tril(att.shape[-1] - T + 1)"),
+            ("a finite mask", "masked_fill(~past_or_self, -math.inf)", "masked_fill(~past_or_self, -1e9)"),
+        ],
+        "test_semantics.py::test_the_future_changes_nothing[sdpa]": [
+            ("no mask in the fused kernel", "is_causal=T > 1", "is_causal=False"),
+        ],
+        "test_sampling.py::test_the_cache_changes_nothing[torch]": [
+            ("a single query sees the first token alone", "is_causal=T > 1", "is_causal=True"),
+            ("cached tokens all stand at position 0", "start = 0 if pasts is None else pasts[0][2]", "start = 0"),
+            (
+                "the cache outlives the window",
+                "window, length = window[:, 1:], 0",
+                "window, length = window[:, 1:], length - 1",
+            ),
+            (
+                "the prompt's beginning is kept, not its end",
+                "idx[:, -config.block_size :]",
+                "idx[:, : config.block_size]",
+            ),
+        ],
+        "test_semantics.py::test_the_key_bias_has_no_effect[sdpa]": [
+            ("k, q, v", "q, k, v = self.c_attn(x)", "k, q, v = self.c_attn(x)"),
+        ],
+        "test_semantics.py::test_heads_are_interchangeable[sdpa]": [
+            (
+                "heads take every nh-th channel",
+                "3, self.n_head, hs).permute(2, 0, 3, 1, 4)",
+                "3, hs, self.n_head).permute(2, 0, 4, 1, 3)",
+            ),
+        ],
+        "test_model.py::test_parity_float64[sdpa]": [
+            ("the head learns nothing", "head = self.wte.weight", "head = self.wte.weight.detach()"),
+            ("heads put together along the wrong axis", "heads.transpose(1, 2).reshape", "heads.reshape"),
+        ],
+        "test_semantics.py::test_evaluation_does_not_depend_on_dropout[sdpa]": [
+            ("attention drops in evaluation", "p = self.dropout if self.training else 0.0", "p = self.dropout"),
+            ("the MLP drops in evaluation", "self.dropout, self.training)", "self.dropout)"),
+        ],
+        "test_semantics.py::test_evaluation_does_not_depend_on_dropout[explicit]": [
+            ("embeddings are dropped in evaluation", "self.config.dropout, self.training)", "self.config.dropout)"),
+        ],
+        "test_dropout.py::test_torch_drops_with_the_rate_of_the_config[sdpa]": [
+            ("the fused kernel does not drop", "dropout_p=p, ", ""),
+        ],
+        "test_dropout.py::test_dropout_parity": [
+            ("no dropout after attention", "return F.dropout(self.c_proj(y), p)", "return self.c_proj(y)"),
+        ],
+        "test_layers.py::test_layer_parity_float64[mlp]": [
+            ("GELU by the error function", 'approximate="tanh"', 'approximate="none"'),
+        ],
+        "test_layers.py::test_layer_parity_float64[block]": [
+            (
+                "the MLP's residual starts after the LayerNorm",
+                "x = x + self.mlp(self.ln_2(x))",
+                "x = self.ln_2(x) + self.mlp(self.ln_2(x))",
+            ),
+        ],
+        "test_semantics.py::test_the_tied_matrix_gets_both_gradients": [],
+        "test_semantics.py::test_ignored_targets_count_for_nothing[sdpa]": [
+            ("token 0 is ignored, not -1", "ignore_index=-1", "ignore_index=0"),
+        ],
+        "test_semantics.py::test_generation_never_drops[sdpa]": [
+            ("generation drops", "with torch.no_grad(), without_dropout(self):", "with torch.no_grad():"),
+            ("generation ends training mode", "            model.train()\n", "            pass\n"),
+        ],
+        "test_sampling.py::test_the_sampler_inverts_the_distribution[torch]": [
+            ("multiplied by the temperature", ") / temperature)", ") * temperature)"),
+        ],
+        "test_sampling.py::test_top_k_keeps_ties_and_nothing_else[torch]": [
+            ("top-k drops what ties with the k-th", "logits < kth, -math.inf", "logits <= kth, -math.inf"),
+        ],
+        "test_sampling.py::test_no_token_without_probability_is_drawn_at_the_ends[torch]": [
+            ("u = 0 draws what has no probability", "right=True", "right=False"),
+        ],
+        "test_sampling.py::test_the_sampler_works_in_float64[torch]": [
+            ("the sampler works in float32", "logits.detach().cpu().double()", "logits.detach().cpu().float()"),
+        ],
+    },
+    "training/config.py": {
+        "test_semantics.py::test_the_learning_rate_of_every_step": [
+            ("warm-up starts at 0: off by one", "(step + 1) / config.warmup_steps", "step / config.warmup_steps"),
+            (
+                "the cosine goes below its floor",
+                "(config.learning_rate - config.min_lr)",
+                "(config.learning_rate - config.min_lr) - config.min_lr * progress",
+            ),
+            ("the cosine rises again after its end", "    if step >= decay_steps:\n        return config.min_lr\n", ""),
+        ],
+    },
+    "training/evaluate.py": {
+        "test_semantics.py::test_the_evaluation_predicts_each_token_once": [
+            ("evaluation skips the last short window", "    if rest:\n", "    if False:\n"),
+            ("evaluation weighs a short window like a long one", "* targets.size", "* len(targets) * block_size"),
+            ("evaluation divides by one token too many", "total / (len(tokens) - 1)", "total / len(tokens)"),
+        ],
+    },
+    "training/batches.py": {
+        "test_semantics.py::test_the_evaluation_predicts_each_token_once": [
+            ("the target is the token itself", "windows[:, :-1], windows[:, 1:]", "windows[:, :-1], windows[:, :-1]"),
+        ],
+    },
+}
+
+MUTANTS = [
+    Mutant(name, file, replaced, by, test)
+    for file, tests in TABLE.items()
+    for test, rows in tests.items()
+    for name, replaced, by in rows
+]
