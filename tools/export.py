@@ -1,0 +1,340 @@
+"""Models in and out: Hugging Face's GPT-2 and nanoGPT's into a run, a run to Hugging Face and to ONNX; and its sizes.
+
+    python -m tools.export from-hf gpt2/ runs/gpt2              # a folder with config.json and model.safetensors
+    python -m tools.export from-nanogpt ckpt.safetensors runs/nanogpt --n-head 6 --tokenizer gpt2
+    python -m tools.export to-hf runs/numpy-small hf/           # for AutoModelForCausalLM and AutoTokenizer
+    python -m tools.export to-onnx runs/numpy-small gpt.onnx
+    python -m tools.export info runs/gpt2
+
+What is imported is a run like any other: sample.py and the trainers take it. Nothing that exists is overwritten, and
+what is written appears under its name only when all of it is there. docs/ecosystem.md tells more.
+"""
+
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import tyro
+
+from data import UserError
+from data.tokenizers import Tokenizer, load, save
+from numpygpt import GPTConfig, Params, param_shapes
+from training.checkpoint import TOKENIZER, Checkpoint, State, load_weights, locate, save_checkpoint, sync_folder
+from training.command import parse, run_program
+from training.config import TrainConfig
+from training.run import RunConfig, read_config, write_config
+
+RunFolder = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
+
+
+@dataclass(frozen=True)
+class FromHF:
+    """Import a GPT-2 model of Hugging Face's as a new run."""
+
+    source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR|FILE")]
+    """its folder, or its weights with config.json beside them"""
+    run: RunFolder
+    """the run folder to make"""
+    tokenizer: Annotated[str | None, tyro.conf.arg(metavar="gpt2|FILE")] = None
+    """gpt2, a tokenizer.json, or merges as in GPT-2's vocab.bpe; by default what is in the folder"""
+
+
+@dataclass(frozen=True)
+class FromNanogpt:
+    """Import a nanoGPT model, saved as safetensors, as a new run."""
+
+    source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FILE")]
+    """its state dict"""
+    run: RunFolder
+    """the run folder to make"""
+    n_head: int
+    """attention heads: the one size that the tensors do not tell"""
+    tokenizer: Annotated[str, tyro.conf.arg(metavar="gpt2|FILE")]
+    """gpt2, a tokenizer.json, or merges as in GPT-2's vocab.bpe"""
+
+
+@dataclass(frozen=True)
+class ToHF:
+    """Export a run's best checkpoint as a folder for Hugging Face's transformers."""
+
+    run: RunFolder
+    """the run"""
+    folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR")]
+    """the folder to make"""
+
+
+@dataclass(frozen=True)
+class ToOnnx:
+    """Export a run's best checkpoint as an ONNX file, token ids in, logits out."""
+
+    run: RunFolder
+    """the run"""
+    file: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FILE")]
+    """the file to make"""
+
+
+@dataclass(frozen=True)
+class Info:
+    """Count a model's parameters, memory and operations."""
+
+    run: RunFolder
+    """the run"""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs
+
+
+def load_run(folder: Path) -> tuple[GPTConfig, Params, Tokenizer]:
+    """The model, weights and tokenizer of a run's best checkpoint, or of its last. Raises UserError."""
+    config = read_config(folder).model
+    checkpoint = locate(folder, "best") or locate(folder, "last")
+    if checkpoint is None:
+        raise UserError(f"{folder} has no checkpoint yet: it is saved at the first evaluation")
+    return config, load_weights(checkpoint, config), load(folder / TOKENIZER)
+
+
+def write_run(folder: Path, config: GPTConfig, params: Params, tokenizer: Tokenizer) -> None:
+    """A new run that has made no step: the weights, and an optimizer that has seen nothing. Raises UserError, OSError.
+
+    There is no best/: nothing has been measured. The recipe is one for fine-tuning, a rate low and constant.
+    """
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(f"the tokenizer has {tokenizer.vocab_size} tokens, more than the model's {config.vocab_size}")
+    recipe = TrainConfig(
+        max_steps=100,
+        batch_size=16,
+        learning_rate=3e-5,
+        min_lr=3e-5,
+        warmup_steps=0,
+        eval_interval=10,
+        tokenizer=str(folder / TOKENIZER),
+        grad_accum=16,
+        dtype="float64" if params["wte.weight"].dtype == np.float64 else "auto",
+    )
+    m, v = ({name: np.zeros_like(param) for name, param in params.items()} for _ in "mv")
+    state = State(step=0, t=0, best_step=None, best_loss=None, seconds=0.0, engine="numpy")
+    with scratch(folder) as new:
+        save(tokenizer, new / TOKENIZER)
+        save_checkpoint(new, "last", Checkpoint(params, m, v, state), config)
+        write_config(new, RunConfig("numpy", "gpt2", NO_CORPUS, config, recipe, []))
+        put_in_place(new, folder)
+
+
+NO_CORPUS = ""  # the corpus_sha256 of a run that was not trained here
+
+
+@contextmanager
+def scratch(target: Path) -> Iterator[Path]:
+    """A folder beside `target`, to write in; what is still in it at the end is deleted. Raises UserError, OSError."""
+    refuse_existing(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    new = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".new", dir=target.parent))
+    try:
+        os.chmod(new, 0o777 & ~umask())  # mkdtemp makes it private
+        yield new
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def put_in_place(new: Path, target: Path) -> None:
+    """Give a file or a folder, now whole, its name. Raises UserError, OSError."""
+    if new.is_dir():
+        sync_folder(new)
+    refuse_existing(target)  # os.rename would replace a file, or an empty folder
+    os.rename(new, target)
+    sync_folder(target.parent)
+
+
+def umask() -> int:
+    """The permissions that new files do not get."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def refuse_existing(target: Path) -> None:
+    """Raises UserError if there is anything of that name."""
+    if os.path.lexists(target):
+        raise UserError(f"{target} exists already, and nothing is overwritten: choose another name, or delete it")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The commands
+
+
+def from_hf(source: Path, run: Path, tokenizer: str | None) -> None:
+    from tools.hf import read_hf
+    from tools.hf_tokenizer import read_tokenizer
+
+    refuse_existing(run)
+    model = read_hf(source)
+    write_run(run, model.config, model.params, read_tokenizer(source, tokenizer))
+    report(run, model.config, model.notes)
+
+
+def from_nanogpt(source: Path, run: Path, n_head: int, tokenizer: str) -> None:
+    from tools.hf import read_nanogpt
+    from tools.hf_tokenizer import read_tokenizer
+
+    refuse_existing(run)
+    model = read_nanogpt(source, n_head)
+    write_run(run, model.config, model.params, read_tokenizer(source, tokenizer))
+    report(run, model.config, model.notes)
+    print(
+        "warning: nanoGPT's GELU is the erf form, this one's is GPT-2's tanh form: logits differ slightly, see "
+        "docs/ecosystem.md",
+        file=sys.stderr,
+    )
+
+
+def report(run: Path, config: GPTConfig, notes: Sequence[str]) -> None:
+    """What came in, and what was changed on the way."""
+    for note in notes:
+        print(note)
+    print(
+        f"{run}: {num_params(config):,} parameters, {config.n_layer} layers, {config.n_head} heads, "
+        f"{config.n_embd} channels, block {config.block_size}, vocabulary {config.vocab_size}"
+    )
+
+
+def to_hf(run: Path, folder: Path) -> None:
+    from tools.hf import write_hf
+
+    refuse_existing(folder)
+    config, params, tokenizer = load_run(run)
+    with scratch(folder) as new:
+        write_hf(new, config, params, tokenizer)
+        put_in_place(new, folder)
+    print(f"{folder}: load it with AutoModelForCausalLM.from_pretrained and AutoTokenizer.from_pretrained")
+
+
+def to_onnx(run: Path, file: Path) -> None:
+    from tools.onnx_graph import OPSET, compare, write_onnx
+
+    refuse_existing(file)
+    config, params, _ = load_run(run)
+    with scratch(file) as new:
+        write_onnx(new / file.name, config, params)
+        found = compare(new / file.name, config, params)
+        for path in sorted(new.iterdir(), key=lambda path: path.name == file.name):  # the one that names the other last
+            put_in_place(path, file.with_name(path.name))
+            if path.name != file.name:
+                print(f"{file.with_name(path.name)}: the weights, too large for one file; keep the two together")
+    print(f"{file}: ONNX, opset {OPSET}, idx (B, T) int64 -> logits (B, T, V); passed onnx.checker")
+    print(found)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sizes
+
+
+def num_params(config: GPTConfig) -> int:
+    return sum(map(prod, param_shapes(config).values()))
+
+
+KINDS = {  # a part of the name -> what it is, and the usual estimate of how many parameters
+    "wte.": ("token embedding, also the head", "V C", lambda c: c.vocab_size * c.n_embd),
+    "wpe.": ("position embedding", "T C", lambda c: c.block_size * c.n_embd),
+    ".attn.": ("attention", "4 L C^2", lambda c: 4 * c.n_layer * c.n_embd**2),
+    ".mlp.": ("MLP", "8 L C^2", lambda c: 8 * c.n_layer * c.n_embd**2),
+    "ln_": ("norms", "", lambda c: 0),
+}
+
+
+def count_kinds(config: GPTConfig) -> dict[str, tuple[int, str, int]]:
+    """{kind: (exact number of parameters, the estimate's formula, the estimate)}."""
+    counts = {}
+    for part, (kind, formula, estimate) in KINDS.items():
+        exact = sum(prod(shape) for name, shape in param_shapes(config).items() if part in name)
+        counts[kind] = exact, formula, estimate(config)
+    return counts
+
+
+def flops_per_token(config: GPTConfig) -> float:
+    """Floating-point operations of the forward pass' matrix products, a token, on average over a full window.
+
+    A product with a matrix of n entries is n multiplications and n additions. The lookups are none. A token at place t
+    attends to t + 1 tokens, with C multiplications and additions each for the scores, and as many for the values. The
+    backward pass has twice as many. The usual estimate (Chowdhery et al. 2022, appendix B) takes all parameters for
+    entries of matrices, and has every token attend to the whole window.
+    """
+    matrices = sum(prod(shape) for name, shape in param_shapes(config).items() if len(shape) == 2 and "wpe" not in name)
+    attended = (config.block_size + 1) / 2
+    return 2 * matrices + config.n_layer * 4 * config.n_embd * attended
+
+
+def info(run: Path) -> None:
+    """Print the tables of a run's model."""
+    settings = read_config(run)
+    config = settings.model
+    dtype = np.dtype(np.float64 if settings.training.dtype == "float64" else np.float32)
+    N, counts = num_params(config), count_kinds(config)
+    print(
+        f"{run}: L {config.n_layer}, nh {config.n_head}, C {config.n_embd}, T {config.block_size}, "
+        f"V {config.vocab_size}, {'with' if config.bias else 'no'} biases"
+    )
+    estimate = sum(guess for _, _, guess in counts.values())
+    rows = [(kind, f"{n:,}", f"{n / N:.1%}", f"{guess:,}", formula) for kind, (n, formula, guess) in counts.items()]
+    rows.append(("all", f"{N:,}", "100.0%", f"{estimate:,}", f"{estimate / N - 1:+.2%}"))
+    print_table(("parameters", "exact", "share", "estimate", ""), rows)
+
+    kept = 2 * config.n_layer * config.n_embd * dtype.itemsize
+    memory = [
+        ("weights", millions(N * dtype.itemsize)),
+        ("to train: also gradients, m and v", millions(4 * N * dtype.itemsize)),
+        ("keys and values of a full window", millions(config.block_size * kept)),
+    ]
+    print_table((f"memory, {dtype.name}", "MB"), memory)
+
+    forward, estimate = flops_per_token(config), 2 * N + 4 * config.n_layer * config.n_embd * config.block_size
+    flops = [
+        ("forward", millions(forward), millions(estimate), "2 N + 4 L C T"),
+        ("forward and backward", millions(3 * forward), millions(3 * estimate), "6 N + 12 L C T"),
+    ]
+    print_table(("MFLOP per token", "exact", "estimate", ""), flops)
+
+
+def millions(n: float) -> str:
+    return f"{n / 1e6:,.2f}"
+
+
+def print_table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    """A table in columns: the first and a last without a title to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    print()
+    for row in (head, *rows):
+        cells = [
+            cell.ljust(width) if i == 0 or not head[i] else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        print("  ".join(cells).rstrip())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    command = FromHF | FromNanogpt | ToHF | ToOnnx | Info
+    match parse(command, "python -m tools.export", argv, description=__doc__.split("\n")[0]):
+        case FromHF(source, run, tokenizer):
+            from_hf(source, run, tokenizer)
+        case FromNanogpt(source, run, n_head, tokenizer):
+            from_nanogpt(source, run, n_head, tokenizer)
+        case ToHF(run, folder):
+            to_hf(run, folder)
+        case ToOnnx(run, file):
+            to_onnx(run, file)
+        case Info(run):
+            info(run)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main))

@@ -1,0 +1,193 @@
+"""Tokenizers for Hugging Face and back: the tokenizer.json of the library `tokenizers`, which is not needed here.
+
+Characters are its WordLevel model with a splitter that isolates each one; byte-pair encoding is its byte-level BPE, as
+GPT-2's. Ours numbers the 256 bytes first, then one token for each merge in order, then special tokens: a tokenizer.json
+with other ids, another splitter, or a normalizer is refused by name.
+"""
+
+from pathlib import Path
+
+from data import UserError, read_bytes
+from data.tokenizers import (
+    END_OF_TEXT,
+    BPETokenizer,
+    CharTokenizer,
+    Tokenizer,
+    gpt2_byte_order,
+    gpt2_tokenizer,
+    load,
+    load_merges,
+    shorten,
+)
+from training.checkpoint import parse_json
+
+__all__ = ["from_hf", "read_tokenizer", "to_hf"]
+
+TOKENIZER, MERGES, VOCAB = "tokenizer.json", "merges.txt", "vocab.json"
+MAX_BYTES = 32 << 20
+
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+EACH_CHARACTER = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
+
+
+def to_hf(tokenizer: Tokenizer) -> dict:
+    """What tokenizer.json holds for the same ids. Raises UserError if it cannot say them."""
+    if isinstance(tokenizer, CharTokenizer):
+        # Words of one character. WordLevel fails on unknown ones where BPE would drop them: the token that it names
+        # for them is none of the vocabulary.
+        vocab = {character: place for place, character in enumerate(tokenizer.characters)}
+        model = {"type": "WordLevel", "vocab": vocab, "unk_token": "unknown character"}
+        parts = {
+            "added_tokens": [],
+            "pre_tokenizer": EACH_CHARACTER,
+            "post_processor": None,
+            "decoder": {"type": "Fuse"},
+        }
+    else:
+        symbols = byte_symbols()
+        names = [
+            "".join(symbols[byte] for byte in token) for token in tokenizer.token_bytes[: 256 + len(tokenizer.merges)]
+        ]
+        names += tokenizer.special_tokens
+        vocab = {name: place for place, name in enumerate(names)}
+        if len(vocab) < len(names):
+            raise UserError(
+                "a special token is written like another token, which Hugging Face's format cannot tell apart"
+            )
+        model = {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": "",
+            "end_of_word_suffix": "",
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "vocab": vocab,
+            "merges": [[names[left], names[right]] for left, right in tokenizer.merges],
+        }
+        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+        added = [{"id": vocab[token], "content": token, **flags} for token in tokenizer.special_tokens]
+        parts = {
+            "added_tokens": added,
+            "pre_tokenizer": BYTE_LEVEL,
+            "post_processor": BYTE_LEVEL,
+            "decoder": BYTE_LEVEL,
+        }
+    return {"version": "1.0", "truncation": None, "padding": None, "normalizer": None, **parts, "model": model}
+
+
+def read_tokenizer(source: Path, named: str | None) -> Tokenizer:
+    """The tokenizer that was named, gpt2 or a file, or else the one in the folder of source. Raises UserError."""
+    if named == "gpt2":
+        return gpt2_tokenizer()
+    if named is not None:
+        path = Path(named)
+        if path.suffix != ".json":
+            return load_merges(path)
+        fields = parse_json(path, read_bytes(path, "a tokenizer.json", max_bytes=MAX_BYTES))
+        return load(path) if "kind" in fields else from_hf(fields, path)
+    folder = source if source.is_dir() else source.parent
+    path, merges = folder / TOKENIZER, folder / MERGES
+    if path.exists():
+        fields = parse_json(path, read_bytes(path, "a tokenizer.json", max_bytes=MAX_BYTES))
+        return from_hf(fields, path)
+    if merges.exists():
+        tokenizer = load_merges(merges)
+        path = folder / VOCAB
+        ids = parse_json(path, read_bytes(path, f"the ids of {MERGES}", max_bytes=MAX_BYTES))
+        if ids != to_hf(tokenizer)["model"]["vocab"]:
+            raise UserError(f"{path}: its ids are not the 256 bytes, the merges of {MERGES}, and {END_OF_TEXT}")
+        return tokenizer
+    raise UserError(f"{folder} has no {TOKENIZER}: name one with --tokenizer, gpt2 or a file")
+
+
+def from_hf(fields: dict, path: Path) -> Tokenizer:
+    """The tokenizer that gives the same ids as a tokenizer.json of the library. Raises UserError if ours cannot."""
+    model = fields.get("model")
+    kind = model.get("type", "BPE") if type(model) is dict else None
+    try:
+        if kind == "WordLevel":
+            return characters_from_hf(fields, model)
+        if kind == "BPE":
+            return bpe_from_hf(fields, model)
+        raise UserError(f"a tokenizer must be byte-level BPE or single characters, got {shorten(kind)}")
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def characters_from_hf(fields: dict, model: dict) -> CharTokenizer:
+    """What to_hf made of a CharTokenizer. Raises UserError for any other."""
+    vocab = model.get("vocab")
+    expect_parts(fields, {"normalizer": None, "pre_tokenizer": EACH_CHARACTER, "decoder": {"type": "Fuse"}})
+    if type(vocab) is not dict or fields.get("added_tokens") or not all(len(character) == 1 for character in vocab):
+        raise UserError("a WordLevel model must be of single characters")
+    return CharTokenizer("".join(in_order(vocab)))
+
+
+def bpe_from_hf(fields: dict, model: dict) -> BPETokenizer:
+    """A byte-level BPE. Raises UserError unless its ids are the bytes, the merges in order, then special tokens."""
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+    expect_parts(fields, {"normalizer": None, "pre_tokenizer": byte_level, "decoder": {"type": "ByteLevel"}})
+    for name in (
+        "dropout",
+        "unk_token",
+        "continuing_subword_prefix",
+        "end_of_word_suffix",
+        "byte_fallback",
+        "ignore_merges",
+    ):
+        if model.get(name):
+            raise UserError(f"{name} is {shorten(model[name])}, but these tokenizers have none")
+    vocab, merges, added = model.get("vocab"), model.get("merges"), fields.get("added_tokens", [])
+    if type(vocab) is not dict or type(merges) is not list or type(added) is not list:
+        raise UserError("a BPE model needs vocab, merges and added_tokens")
+    for token in added:
+        if type(token) is not dict or type(token.get("content")) is not str:
+            raise UserError(f"an added token is {shorten(token)}")
+        vocab = vocab | {token["content"]: token.get("id")}
+    names = in_order(vocab)
+
+    bytes_of = {symbol: byte for byte, symbol in byte_symbols().items()}
+    if sorted(names[:256]) != sorted(bytes_of):
+        odd = next(name for name in names if name not in bytes_of)
+        raise UserError(f"the first 256 ids must be the bytes, in any order, but id {vocab[odd]} is {shorten(odd)}")
+    pairs = []
+    for place, merge in enumerate(merges):
+        pair = merge.split(" ") if type(merge) is str else merge
+        if type(pair) is not list or len(pair) != 2 or not all(type(one) is str and one in vocab for one in pair):
+            raise UserError(f"merge {place} must be of two tokens, got {shorten(merge)}")
+        if vocab.get("".join(pair)) != 256 + place:
+            raise UserError(f"merge {place}, {shorten(pair)}, must make the token with id {256 + place}")
+        pairs.append((vocab[pair[0]], vocab[pair[1]]))
+    special = names[256 + len(pairs) :]
+    ours = {token["content"] for token in added}
+    for token in special:
+        if token not in ours and token != END_OF_TEXT:
+            raise UserError(f"token {shorten(token)}, id {vocab[token]}, is made by no merge and is no added token")
+    return BPETokenizer(tuple(pairs), tuple(special), bytes(bytes_of[name] for name in names[:256]))
+
+
+def in_order(vocab: dict[str, int]) -> list[str]:
+    """The tokens by their ids. Raises UserError unless these are 0, 1, 2 and so on."""
+    if not all(type(place) is int for place in vocab.values()) or sorted(vocab.values()) != list(range(len(vocab))):
+        raise UserError(f"the ids must be 0 to {len(vocab) - 1}, each once")
+    return sorted(vocab, key=vocab.__getitem__)
+
+
+def expect_parts(fields: dict, expected: dict[str, dict | None]) -> None:
+    """Raises UserError unless each part of a tokenizer.json has the fields that are expected, or their defaults."""
+    for part, wanted in expected.items():
+        got = fields.get(part)
+        matches = (
+            got is None
+            if wanted is None
+            else type(got) is dict and (wanted.items() <= ({"use_regex": True} | got).items())
+        )
+        if not matches:
+            raise UserError(f"{part} must be {shorten(wanted)}, got {shorten(got)}")
+
+
+def byte_symbols() -> dict[int, str]:
+    """The character that stands for each byte in GPT-2's files."""
+    order, symbols = gpt2_byte_order()
+    return dict(zip(order, symbols, strict=True))
