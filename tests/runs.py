@@ -66,15 +66,12 @@ def run(engine: str, argv: Sequence[str]) -> int:
 def command(program: str, *argv: object, **options: object) -> subprocess.CompletedProcess:
     """A program of the project in a process of its own, without a network, its output captured as text."""
     no_network = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
-    return subprocess.run(
-        [sys.executable, ROOT / program, *map(str, argv)],
-        capture_output=True,
-        encoding="utf-8",
-        timeout=120,
-        stdin=subprocess.DEVNULL if "input" not in options else None,
-        env=os.environ | no_network,
-        **options,
-    )
+    options = {"env": os.environ} | options
+    options["env"] = options["env"] | no_network
+    if "input" not in options:
+        options["stdin"] = subprocess.DEVNULL
+    argv = [sys.executable, ROOT / program, *map(str, argv)]
+    return subprocess.run(argv, capture_output=True, encoding="utf-8", timeout=120, **options)
 
 
 def measured(run_dir: Path) -> list[dict]:

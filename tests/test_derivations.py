@@ -203,16 +203,14 @@ def test_weight_tying() -> None:
 
 
 def test_layernorm() -> None:
-    C, eps = 4, sympy.Rational(1, 100_000)
-    x = sympy.symbols("x:4", real=True)
+    C, eps = 3, sympy.Rational(1, 100_000)
+    x = sympy.symbols("x:3", real=True)
     mean = sum(x) / C
     variance = sum((xc - mean) ** 2 for xc in x) / C
     rstd = 1 / sympy.sqrt(variance + eps)
     xhat = [(xc - mean) * rstd for xc in x]
-    dxhat = sympy.symbols("dxhat:4", real=True)
-    values = dict(
-        zip([*x, *dxhat], map(sympy.Rational, ["3/2", "-1/3", "2", "1/7", "1", "-2", "3/5", "1/9"]), strict=True)
-    )
+    dxhat = sympy.symbols("dxhat:3", real=True)
+    values = dict(zip([*x, *dxhat], map(sympy.Rational, ["3/2", "-1/3", "2", "1", "-2", "3/5"]), strict=True))
     for i in range(C):
         assert sympy.simplify(sympy.diff(variance, x[i]) - 2 * (x[i] - mean) / C) == 0
         assert abs(number(sympy.diff(rstd, x[i]) + rstd**2 * xhat[i] / C, values)) < 1e-25
@@ -225,7 +223,7 @@ def test_layernorm() -> None:
     projection = sum(d * h for d, h in zip(dxhat, xhat, strict=True)) / C
     terms = [number(rstd * (dxhat[i] - sum(dxhat) / C - xhat[i] * projection), values) for i in range(C)]
     assert close(terms, [number(sympy.diff(loss, x[i]), values) for i in range(C)])
-    weight = np.array([0.5, 2.0, -1.0, 3.0])
+    weight = np.array([0.5, 2.0, -1.0])
     dout = np.array([float(values[d]) for d in dxhat]) / weight
     _, cache = numpygpt.layernorm_forward(np.array([float(values[xc]) for xc in x]), weight, weight)
     assert close(numpygpt.layernorm_backward(dout, cache)[0], terms)
