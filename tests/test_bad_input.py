@@ -174,7 +174,7 @@ BAD_FIELDS = [
         for value in (0, -1, 1.0, True)
     ),
     ("n_embd", 7),
-    *(("dropout", value) for value in (1.0, -0.1, math.nan, "0.1", True, None)),
+    *(("dropout", value) for value in (1.0, -0.1, math.nan, "0.1", True, False, None)),
     *(("bias", value) for value in (1, "yes", None)),
 ]
 

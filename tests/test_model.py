@@ -353,6 +353,23 @@ def test_parameter_counts() -> None:
     assert sum(math.prod(shape) for shape in numpygpt.param_shapes(gpt2).values()) == 124_439_808
 
 
+def test_defaults() -> None:
+    """A failure: who says nothing gets another model, or another recipe, than the design promises."""
+    full = GPTConfig(vocab_size=65, block_size=256)
+    assert vars(full) == vars(GPTConfig(65, 256, n_layer=6, n_head=6, n_embd=384, dropout=0.2, bias=True))
+    small = GPTConfig(5, 4, n_layer=1, n_head=1, n_embd=4)
+    for params in (
+        numpygpt.init_params(small),
+        numpygpt.GPT(small).params,
+        {name: param.numpy() for name, param in torchgpt.GPT(small).state_dict().items()},
+    ):
+        for name, param in numpygpt.init_params(small, seed=1337, dtype=np.float32).items():
+            assert params[name].tobytes() == param.tobytes(), f"{name} is not that of seed 1337 in float32"
+    optimizer = numpygpt.AdamW({})
+    assert (optimizer.betas, optimizer.eps, optimizer.weight_decay) == ((0.9, 0.99), 1e-8, 0.1)
+    assert torchgpt.GPT(small).h[0].attn.attention == "sdpa"
+
+
 def names_in(file: str) -> list[str]:
     """Functions and classes of a module, and the methods of its GPT, in the order in which they are read."""
     names = []

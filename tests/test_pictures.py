@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 import numpygpt
-import train_numpy
 from data import UserError
 from tests.helpers import ROOT
+from tests.runs import start, write_text
 from tools import pictures, trace
 
 PAGE = (ROOT / "docs" / "pictures.md").read_text(encoding="utf-8")
@@ -22,11 +22,10 @@ PROMPT = "What is the crown"
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run: the tiny preset, 20 steps."""
-    folder = tmp_path_factory.mktemp("runs") / "tiny"
-    flags = ["--preset", "tiny", "--max-steps", "20", "--data", "verse", "--threads", "1", "--run-dir", str(folder)]
-    assert train_numpy.main(flags) == 0
-    return folder
+    """The folder of a run: two layers, a few steps on a short text."""
+    folder = tmp_path_factory.mktemp("runs")
+    assert start("numpy", write_text(folder), folder / "run", block_size=32) == 0
+    return folder / "run"
 
 
 def size(png: bytes) -> tuple[int, int]:
@@ -82,10 +81,8 @@ def test_without_a_prompt_the_validation_text_is_drawn(run: Path) -> None:
 
 
 def test_one_layer_without_bias_and_without_clipping(run: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "odd"
-    sizes = ["--n-layer", "1", "--n-head", "1", "--n-embd", "8", "--no-bias", "--block-size", "4", "--grad-clip", "0"]
-    flags = ["--preset", "tiny", "--max-steps", "2", "--data", "verse", "--threads", "1", "--run-dir", str(folder)]
-    assert train_numpy.main([*flags, *sizes]) == 0
+    folder, sizes = tmp_path / "odd", {"n_layer": 1, "n_head": 1, "block_size": 4, "no_bias": "", "grad_clip": 0}
+    assert start("numpy", write_text(tmp_path), folder, **sizes) == 0
     assert pictures.main([str(folder)]) == 0
     assert len(list((folder / "pictures").iterdir())) == len(pictures.PICTURES)
 
