@@ -700,16 +700,17 @@ def train_command(data: str | None, vocab_size: int, out: Path | None) -> None:
     trained = time.perf_counter()
     num_tokens = len(tokenizer.encode(corpus.text, use_tiktoken=False))
     encoded = time.perf_counter()
+    if out is not None:  # before a word is printed, for whoever reads it may close the pipe after a few
+        try:
+            save(tokenizer, out)
+        except OSError as error:
+            raise UserError(f"cannot write {out}: {error.strerror or error}") from error
     print(f"{corpus.name}: {vocab_size} ids from {len(corpus.train_text):,} characters in {trained - started:.2f} s")
     print(f"encoded {len(corpus.text):,} characters as {num_tokens:,} tokens in {encoded - trained:.2f} s", end=", ")
     print(f"{len(corpus.text) / num_tokens:.3f} characters per token")
     for new_id, (left, right) in list(enumerate(tokenizer.merges, start=256))[:20]:
         print(f"{new_id:6}  {show(tokenizer.token_bytes[left]):>10} + {show(tokenizer.token_bytes[right])}")
     if out is not None:
-        try:
-            save(tokenizer, out)
-        except OSError as error:
-            raise UserError(f"cannot write {out}: {error.strerror or error}") from error
         print(f"saved as {out}")
 
 
@@ -740,8 +741,12 @@ def main(argv: list[str] | None = None) -> int:
 
     try:
         train_command(*tyro.cli(arguments, prog="python -m data.tokenizers", args=argv))
+        sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # whoever read the output has seen enough; what is left would fail again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return 0
 

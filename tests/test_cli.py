@@ -1,6 +1,7 @@
 """The trainers' command lines: what they print, what they keep, and what they say when something is wrong."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -137,6 +138,12 @@ def test_help_loads_nothing_slow() -> None:
     loaded = set(done.stdout.splitlines()[-1].split())
     assert "tyro" in loaded
     assert not loaded & {"torch", "matplotlib", "safetensors"}
+
+
+def test_an_error_is_one_line_on_a_terminal_without_box_drawing() -> None:
+    done = command("train_numpy.py", "--frobnicate", env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 2
+    assert one_line(done.stderr) == "error: Unrecognized options: --frobnicate (see train_numpy.py --help)\n"
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -31,6 +31,9 @@ VERSE = BPETokenizer.train(verse.write(50_000), 400)
 # Letters, numbers, blanks and signs of MIXED, closely packed, and anything at all.
 packed = st.lists(st.sampled_from([*sorted(set(MIXED)), "'s", "'ll", "  ", "\n\n", "th", "ing"])).map("".join)
 any_text = st.text() | packed
+# In the thorough profile the two claims about every text, that it comes back and that tiktoken agrees, get ten times
+# the examples of the others: 10,000.
+many = settings(max_examples=settings.default.max_examples * (10 if settings.default.max_examples >= 1000 else 1))
 # Characters that both regex and tiktoken have in their tables: those that Python itself knows.
 known = st.characters(exclude_categories=["Cs", "Cn"])
 
@@ -57,6 +60,7 @@ def test_characters_are_sorted_and_ids_are_their_ranks():
 
 
 @given(st.text(min_size=1), st.data())
+@many
 def test_characters_round_trip(text, source):
     tokenizer = CharTokenizer.from_text(text)
     other = source.draw(st.text(alphabet=tokenizer.characters))
@@ -239,7 +243,7 @@ def test_a_vocabulary_that_cannot_be_had_is_refused():
 
 @pytest.mark.parametrize("use_tiktoken", [True, False])
 @given(text=any_text)
-@settings(deadline=None)
+@many
 def test_bpe_round_trips_every_text(use_tiktoken, text):
     for tokenizer in (WORLD, VERSE):
         ids = tokenizer.encode(text, use_tiktoken=use_tiktoken)
@@ -343,7 +347,7 @@ def test_of_special_tokens_that_overlap_the_longer_one_counts():
 
 
 @given(any_text)
-@settings(deadline=None)
+@many
 def test_tiktoken_encodes_alike(text):
     pytest.importorskip("tiktoken")
     for tokenizer in (WORLD, VERSE):
@@ -766,3 +770,22 @@ def test_the_command_runs():
     run = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
     assert "verse: 300 ids from 360,000 characters" in run.stdout
     assert run.stderr == ""
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_whoever_reads_the_commands_output_may_stop_early(tmp_path, unbuffered):
+    out = tmp_path / "mine.json"
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "data.tokenizers", "train", "--data", "verse", "--vocab-size", "257"]
+    ran = subprocess.run(
+        [*command, "--out", str(out)],
+        cwd=Path(data.__file__).parents[1],
+        env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        timeout=60,
+    )
+    os.close(writer)
+    assert (ran.returncode, ran.stderr) == (1, b"")
+    assert load(out).vocab_size == 257

@@ -238,11 +238,8 @@ def read_tensors(path: Path, shapes: dict[str, tuple[int, ...]], expected_hash: 
     from safetensors import SafetensorError
     from safetensors.numpy import load
 
-    limit = sum(math.prod(shape) for shape in shapes.values()) * 8 + MAX_HEADER_BYTES
-    size = path.stat().st_size if path.is_file() else 0
-    if size > limit:
-        raise UserError(f"{path} has {size:,} bytes, more than {limit:,}, which is all that this model can need")
-    content = read_bytes(path, "the tensors of a checkpoint", max_bytes=size)
+    needed = sum(math.prod(shape) for shape in shapes.values()) * 8 + MAX_HEADER_BYTES
+    content = read_measured(path, "the tensors of this model", needed)
     header = read_header(path, content)
     for name in [*shapes, *header]:
         if name not in header or name not in shapes:
@@ -288,7 +285,15 @@ def check_hash(path: Path, content: bytes, expected: str) -> None:
 
 def read_json(path: Path) -> dict:
     """The object in a JSON file. Raises UserError if there is no file, or anything else in it."""
-    return parse_json(path, read_bytes(path, "a JSON file of a run", max_bytes=MAX_JSON_BYTES))
+    return parse_json(path, read_measured(path, "a JSON file of a run", MAX_JSON_BYTES))
+
+
+def read_measured(path: Path, expected: str, max_bytes: int) -> bytes:
+    """All bytes of a regular file, measured before anything is allocated for them. Raises UserError."""
+    size = path.stat().st_size if path.is_file() else 0
+    if size > max_bytes:
+        raise UserError(f"{path} has {size:,} bytes, more than {max_bytes:,}: expected {expected}")
+    return read_bytes(path, expected, max_bytes=size)
 
 
 def parse_json(path: Path, content: bytes) -> dict:
@@ -318,4 +323,4 @@ def build(kind: type[T], values: object, path: Path) -> T:
     try:
         return kind(**values)
     except ValueError as error:
-        raise UserError(f"{path}: {error}") from error
+        raise UserError(f"{path}: {str(error)[:200]}") from error  # it quotes the value, which may be long

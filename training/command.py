@@ -12,6 +12,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from itertools import dropwhile, takewhile
 from pathlib import Path
 from typing import TypeVar
 
@@ -69,9 +70,15 @@ def parse(kind: type[T] | Callable[..., T], program: str, argv: Sequence[str] | 
 
 
 def one_line(box: str) -> str:
-    """What tyro says in the box it draws, up to the first rule across it: after that come hints."""
-    lines = [line.strip("│╭╮╰╯─ \n") for line in box.splitlines()[1:]]
-    return " ".join(lines[: lines.index("")] if "" in lines else lines)
+    """What tyro says in the box it draws, under the title, up to the next rule across it: after that come hints."""
+    lines = [line.strip(" │╰╯") for line in box.splitlines()[1:]]
+    below_title = dropwhile(is_rule, lines)
+    return " ".join(takewhile(lambda line: not is_rule(line), below_title))
+
+
+def is_rule(line: str) -> bool:
+    """Is this line of tyro's box nothing but a line? It is drawn with hyphens where that is all one can draw."""
+    return set(line) <= {"─", "-"}
 
 
 def run_program(main: Callable[[], int]) -> int:

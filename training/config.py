@@ -121,6 +121,8 @@ class RunFlags:
 
     def __post_init__(self) -> None:
         """Raises ValueError that names the field."""
+        if self.preset not in tuple(PRESETS):
+            raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {shorten(self.preset)}")
         if self.threads is not None:
             check_integer(self, "threads", at_least=1)
         if self.resume is not None and (self.overwrite or self.run_dir is not None):

@@ -21,7 +21,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from data import UserError, read_bytes, write_atomically
+from data import UserError, write_atomically
+from training.checkpoint import read_measured
 
 __all__ = ["MetricsWriter", "draw_losses", "read_metrics", "trim_metrics"]
 
@@ -66,7 +67,7 @@ def read_metrics(path: Path) -> list[dict]:
     """
     if not path.exists():
         return []
-    lines = read_bytes(path, "the metrics of a run", max_bytes=MAX_BYTES).split(b"\n")
+    lines = read_measured(path, "the metrics of a run", MAX_BYTES).split(b"\n")
     return [parse(line, path, number) for number, line in enumerate(lines[:-1], start=1)]
 
 

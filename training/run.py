@@ -156,6 +156,8 @@ def resume_run(folder: Path, config: RunConfig, flags: Flags, engine: str) -> Ru
             raise UserError(f"max_steps must be at least the {step} steps that {folder} has made")
         if checkpoint.state.best_step == step:  # best/ is saved after last/: a crash may have come between
             save_checkpoint(folder, "best", checkpoint, model)
+    elif locate(folder, "best") is not None:
+        raise UserError(f"{folder} has best/, but the checkpoint to go on from, last/, is missing")
     run = assemble(folder, engine, model, training, tokenizer, corpus, checkpoint)
     trim_metrics(folder / METRICS, step)
     if changes:

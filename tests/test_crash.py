@@ -1,0 +1,334 @@
+"""Nothing is lost: runs killed at any moment, disks that fill up or fail, and every step of a save interrupted."""
+
+import builtins
+import contextlib
+import errno
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import sample
+import training.loop
+from numpygpt import GPTConfig, init_params
+from tests.runs import SMALL, arguments, measured, resume, run, start, write_text
+from training.checkpoint import TOKENIZER, Checkpoint, State, load_checkpoint, locate, recover, save_checkpoint
+
+# Many saves in a short run.
+FLAGS = {"max_steps": 4, "decay_steps": 4, "eval_interval": 2, "n_layer": 1, "n_embd": 8}
+
+
+def skip_what_is_slow(patch: pytest.MonkeyPatch) -> None:
+    """Pictures and samples take longer than the runs. fsync is for power cuts: no process can see what it does."""
+    patch.setattr(training.loop, "draw_losses", lambda *_: None)
+    patch.setattr(sample, "show_sample", lambda *_: None)
+    patch.setattr(os, "fsync", lambda _: None)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    skip_what_is_slow(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_text(tmp_path_factory.mktemp("text"))
+
+
+def content(run_dir: Path) -> dict[str, object]:
+    """What a run came to: tensors to the bit, and all measurements without the clock."""
+    return {str(path.relative_to(run_dir)): path.read_bytes() for path in run_dir.glob("*/*.safetensors")} | {
+        "metrics": measured(run_dir)
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A layer between the project and the disk
+
+
+class Crash(BaseException):
+    """The process is dead: nothing that would clean up after an error gets anything done any more."""
+
+
+class Disk:
+    """Counts what is done to files, and at operation number `at` fails in one way.
+
+    crash: the process dies in the middle of it; a write has written half
+    full: this write, and all later ones, find no room; half of it is written
+    broken: this one operation fails, and later ones work again
+    """
+
+    def __init__(self, at: int, failure: str) -> None:
+        self.at, self.failure, self.count = at, failure, 0
+
+    def operate(self, allocates: bool, half: Callable[[], object] = lambda: None) -> None:
+        self.count += 1
+        if self.failure == "crash" and self.count >= self.at:
+            if self.count == self.at:
+                half()
+            raise Crash
+        if self.failure == "full" and self.count >= self.at and allocates:
+            half()
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if self.failure == "broken" and self.count == self.at:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Inside, files are reached through this layer."""
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("mkdir", "rename", "replace", "fsync", "unlink", "rmdir"):
+                patch.setattr(os, name, self.wrapped(getattr(os, name), allocates=name == "mkdir"))
+            patch.setattr(builtins, "open", self.open(builtins.open))
+            yield
+
+    def wrapped(self, function: Callable, allocates: bool) -> Callable:
+        def call(*args: object, **options: object) -> object:
+            self.operate(allocates)
+            return function(*args, **options)
+
+        return call
+
+    def open(self, real_open: Callable) -> Callable:
+        def call(path: object, mode: str = "r", *args: object, **options: object) -> object:
+            if mode not in ("xb", "ab"):
+                return real_open(path, mode, *args, **options)
+            self.operate(allocates=True)
+            return File(self, real_open(path, mode, *args, **options))
+
+        return call
+
+
+class File:
+    """A file that is written to through the layer."""
+
+    def __init__(self, disk: Disk, file: object) -> None:
+        self.disk, self.file = disk, file
+
+    def write(self, data: bytes) -> int:
+        self.disk.operate(allocates=True, half=lambda: self.file.write(data[: len(data) // 2]))
+        return self.file.write(data)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.file, name)
+
+    def __enter__(self) -> "File":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+
+def count_operations(action: Callable[[], object]) -> int:
+    disk = Disk(10**9, "broken")
+    with disk.in_place():
+        action()
+    return disk.count
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A single save
+
+CONFIG = GPTConfig(vocab_size=5, block_size=4, n_layer=1, n_head=1, n_embd=4)
+
+
+def checkpoint(step: int) -> Checkpoint:
+    weights, m, v = (init_params(CONFIG, seed=1000 * step + number) for number in range(3))
+    v = {name: np.abs(array) for name, array in v.items()}
+    return Checkpoint(weights, m, v, State(step, step, None, None, float(step), "numpy"))
+
+
+def assert_whole(run_dir: Path, steps: tuple[int, ...]) -> int:
+    """last/ is one of these checkpoints, all of it -> which."""
+    loaded = load_checkpoint(locate(run_dir, "last"), CONFIG, np.float32)
+    assert loaded.state.step in steps
+    expected = checkpoint(loaded.state.step)
+    assert loaded.state == expected.state
+    for mine, right in ((loaded.weights, expected.weights), (loaded.m, expected.m), (loaded.v, expected.v)):
+        assert all(np.array_equal(mine[name], right[name]) for name in right)
+    return loaded.state.step
+
+
+@pytest.mark.parametrize("failure", ["crash", "full", "broken"])
+def test_each_operation_of_a_save_may_fail(failure: str, tmp_path: Path) -> None:
+    (tmp_path / TOKENIZER).write_text("{}")
+    (tmp_path / "first").mkdir()
+    shutil.copy(tmp_path / TOKENIZER, tmp_path / "first")
+    first_save = count_operations(lambda: save_checkpoint(tmp_path / "first", "last", checkpoint(1), CONFIG))
+    operations = count_operations(lambda: save_checkpoint(tmp_path / "first", "last", checkpoint(2), CONFIG))
+    assert first_save > 10
+    assert operations > first_save + 4, "what is replaced is renamed and deleted"
+
+    survivors = []
+    for at in range(1, operations + 1):
+        run_dir = tmp_path / str(at)
+        run_dir.mkdir()
+        shutil.copy(tmp_path / TOKENIZER, run_dir)
+        save_checkpoint(run_dir, "last", checkpoint(1), CONFIG)
+        with Disk(at, failure).in_place(), contextlib.suppress(Crash, OSError):
+            save_checkpoint(run_dir, "last", checkpoint(2), CONFIG)
+        before_recovery = assert_whole(run_dir, (1, 2))
+        recover(run_dir, "last")
+        survivors.append(assert_whole(run_dir, (before_recovery, 2)))
+        if failure == "full":
+            assert sorted(path.name for path in run_dir.iterdir()) == ["last", TOKENIZER]
+        save_checkpoint(run_dir, "last", checkpoint(3), CONFIG)
+        assert_whole(run_dir, (3,))
+        assert sorted(path.name for path in run_dir.iterdir()) == ["last", TOKENIZER]
+    assert survivors == sorted(survivors), "the old one up to some operation, the new one from then on"
+    assert set(survivors) == {1, 2}
+
+
+def test_each_operation_of_the_first_save_may_fail(tmp_path: Path) -> None:
+    for at in range(1, 30):
+        run_dir = tmp_path / str(at)
+        run_dir.mkdir()
+        (run_dir / TOKENIZER).write_text("{}")
+        with Disk(at, "crash").in_place(), contextlib.suppress(Crash):
+            save_checkpoint(run_dir, "last", checkpoint(1), CONFIG)
+        recover(run_dir, "last")
+        if locate(run_dir, "last") is not None:
+            assert_whole(run_dir, (1,))
+        save_checkpoint(run_dir, "last", checkpoint(2), CONFIG)
+        assert_whole(run_dir, (2,))
+
+
+def test_recovery_may_crash_too(tmp_path: Path) -> None:
+    for at in range(1, 12):
+        run_dir = tmp_path / str(at)
+        run_dir.mkdir()
+        (run_dir / TOKENIZER).write_text("{}")
+        save_checkpoint(run_dir, "last", checkpoint(2), CONFIG)
+        (run_dir / "last").rename(run_dir / "last.new")
+        save_checkpoint(run_dir, "old", checkpoint(1), CONFIG)
+        (run_dir / "old").rename(run_dir / "last.old")  # as after a crash between the two renames
+        assert_whole(run_dir, (1,))
+        with Disk(at, "crash").in_place(), contextlib.suppress(Crash):
+            recover(run_dir, "last")
+        recover(run_dir, "last")
+        assert_whole(run_dir, (2,))
+        assert sorted(path.name for path in run_dir.iterdir()) == ["last", TOKENIZER]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A whole run
+
+
+def finish(text: Path, run_dir: Path) -> None:
+    """Go on with a run, or begin it if it did not come to exist; no flag says that anything may be overwritten."""
+    if (run_dir / "config.json").exists():
+        assert resume("numpy", run_dir) == 0
+    else:
+        assert start("numpy", text, run_dir, **FLAGS) == 0
+
+
+def test_a_crash_at_each_operation_of_a_run(text: Path, tmp_path: Path) -> None:
+    operations = count_operations(lambda: start("numpy", text, tmp_path / "whole", **FLAGS))
+    whole = content(tmp_path / "whole")
+    assert operations > 60
+    for at in range(1, operations + 1):
+        run_dir = tmp_path / str(at)
+        with pytest.raises(Crash), Disk(at, "crash").in_place():
+            start("numpy", text, run_dir, **FLAGS)
+        finish(text, run_dir)
+        assert content(run_dir) == whole, f"crash at operation {at}"
+        names = {path.name for path in run_dir.iterdir()}
+        assert names == {"config.json", "tokenizer.json", "metrics.jsonl", "lock", "last", "best"}
+        shutil.rmtree(run_dir)
+
+
+@pytest.mark.parametrize("failure", ["full", "broken"])
+def test_a_disk_that_fails_ends_the_run_with_one_line(
+    failure: str, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    operations = count_operations(lambda: start("numpy", text, tmp_path / "whole", **FLAGS))
+    whole = content(tmp_path / "whole")
+    for at in range(1, operations + 1, 3):
+        run_dir = tmp_path / str(at)
+        capsys.readouterr()
+        with Disk(at, failure).in_place():
+            code = start("numpy", text, run_dir, **FLAGS)
+        errors = capsys.readouterr().err
+        if code:  # a folder that cannot be deleted after it was replaced is no reason to fail
+            assert errors.startswith("error: ")
+            assert errors.count("\n") == 1
+            assert ("No space left" if failure == "full" else "Input/output error") in errors
+            if (last := locate(run_dir, "last")) is not None:
+                assert f"the last good checkpoint is {last}" in errors or "updates" not in errors
+        finish(text, run_dir)
+        assert content(run_dir) == whole, f"failure at operation {at}"
+        shutil.rmtree(run_dir)
+
+
+def test_a_crash_while_overwriting_loses_no_new_run(text: Path, tmp_path: Path) -> None:
+    assert start("numpy", text, tmp_path / "whole", **FLAGS) == 0
+    whole = content(tmp_path / "whole")
+    for at in range(1, 40, 2):
+        run_dir = tmp_path / str(at)
+        assert start("numpy", text, run_dir, **FLAGS | {"seed": 5}) == 0
+        with Disk(at, "crash").in_place(), contextlib.suppress(Crash):
+            start("numpy", text, run_dir, overwrite="", **FLAGS)
+        assert start("numpy", text, run_dir, overwrite="", **FLAGS) == 0
+        assert content(run_dir) == whole
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# SIGKILL
+
+KILLED = SMALL | {"--max-steps": 20, "--decay-steps": 20, "--eval-interval": 2, "--dropout": 0.1, "--grad-accum": 2}
+
+
+def train_quietly(argv: list[str]) -> None:
+    """A trainer in a process of its own, which nobody hears."""
+    skip_what_is_slow(pytest.MonkeyPatch())
+    with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing):
+        code = run("numpy", argv)
+    os._exit(code)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that start in milliseconds")
+def test_killed_at_fifty_moments_it_comes_to_the_same_weights(text: Path, tmp_path: Path) -> None:
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload([__name__])
+
+    def train(argv: list[str], seconds: float | None) -> int:
+        """Train for so long, and kill the process; or let it end -> its exit code."""
+        process = processes.Process(target=train_quietly, args=(argv,))
+        process.start()
+        process.join(seconds)
+        process.kill()
+        process.join()
+        return process.exitcode
+
+    beginning = [*arguments(KILLED), "--data", str(text), "--run-dir"]
+    train([*beginning, str(tmp_path / "warm-up")], None)
+    started = time.perf_counter()
+    assert train([*beginning, str(tmp_path / "whole")], None) == 0
+    duration = time.perf_counter() - started
+    whole = content(tmp_path / "whole")
+
+    moments = random.Random(0)
+    kills = runs = 0
+    while kills < 50:
+        run_dir = tmp_path / f"run {runs}"
+        code = None
+        while code != 0:
+            exists = (run_dir / "config.json").exists()
+            argv = ["--resume", str(run_dir), "--threads", "1"] if exists else [*beginning, str(run_dir)]
+            code = train(argv, moments.uniform(0, duration) if kills < 50 else None)
+            assert code in (0, -signal.SIGKILL)
+            kills += code != 0
+            if (run_dir / "metrics.jsonl").exists():
+                lines = (run_dir / "metrics.jsonl").read_bytes().splitlines()
+                assert all("loss" in json.loads(line) for line in lines), "valid line by line after any kill"
+        assert content(run_dir) == whole, f"after {kills} kills"
+        runs += 1
+    assert runs > 1

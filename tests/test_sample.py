@@ -1,0 +1,161 @@
+"""sample.py: the same text from both engines, prompts from everywhere, and errors that name what is wrong."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import sample
+from tests.runs import ROOT, command, start, write_text
+from training.command import run_program
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sample")
+    assert start("numpy", write_text(folder), folder / "run", max_steps=60, eval_interval=60, learning_rate=1e-2) == 0
+    return folder / "run"
+
+
+@pytest.fixture(autouse=True)
+def nothing_on_standard_input(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    with open(os.devnull) as nothing:
+        monkeypatch.setattr(sys, "stdin", nothing)
+        yield
+
+
+def sampled(run_dir: Path, *argv: object, capsys: pytest.CaptureFixture) -> str:
+    """What sample.py prints, in this process."""
+    capsys.readouterr()
+    assert run_program(lambda: sample.main([str(run_dir), *map(str, argv)])) == 0
+    return capsys.readouterr().out
+
+
+def refused(run_dir: Path, *argv: object, capsys: pytest.CaptureFixture) -> str:
+    """The one line with which sample.py stops."""
+    capsys.readouterr()
+    try:
+        code = run_program(lambda: sample.main([str(run_dir), *map(str, argv)]))
+    except SystemExit as stop:
+        code = stop.code
+    assert code in (1, 2)
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    return error
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["--prompt", "Alaric:", "--temperature", 1.3, "--seed", 7],
+        ["--top-k", 3, "--num-samples", 2],
+        ["--temperature", 0],
+    ],
+)
+def test_one_seed_one_text_from_both_engines(run_dir: Path, options: list, capsys: pytest.CaptureFixture) -> None:
+    length = ["--max-new-tokens", 100]  # far past the window of 16
+    of_numpy = sampled(run_dir, *length, *options, capsys=capsys)
+    assert of_numpy == sampled(run_dir, *length, *options, "--engine", "torch", capsys=capsys)
+    assert of_numpy == sampled(run_dir, *length, *options, capsys=capsys)
+    assert len(of_numpy) > 100
+
+
+def test_length_seed_and_number(run_dir: Path, capsys: pytest.CaptureFixture) -> None:
+    prompt = ["--prompt", "Alaric:"]
+    text = sampled(run_dir, *prompt, "--max-new-tokens", 30, capsys=capsys)
+    assert len(text) == len("Alaric:") + 30 + 1
+    assert text.startswith("Alaric:")
+    assert sampled(run_dir, *prompt, "--max-new-tokens", 0, capsys=capsys) == "Alaric:\n"
+    assert text != sampled(run_dir, *prompt, "--max-new-tokens", 30, "--seed", 8, capsys=capsys)
+    several = sampled(run_dir, *prompt, "--max-new-tokens", 30, "--num-samples", 3, capsys=capsys)
+    parts = several.split("--- sample ")[1:]
+    assert [part[:7] for part in parts] == ["1 of 3\n", "2 of 3\n", "3 of 3\n"]
+    assert len({part[7:] for part in parts}) == 3
+    assert parts[0][7:] == text, "the first of several is the one alone"
+
+
+def test_the_prompt_may_come_through_a_pipe(run_dir: Path) -> None:
+    options = ["--max-new-tokens", 20, "--seed", 3]
+    given = command("sample.py", run_dir, "--prompt", "Alaric:", *options)
+    assert (given.returncode, given.stderr) == (0, "")
+    for argv in (options, [*options, "--prompt", "-"]):
+        piped = command("sample.py", run_dir, *argv, input="Alaric:")
+        assert piped.stdout == given.stdout, piped.stderr
+
+
+def test_without_a_prompt_a_text_begins_after_a_line_end(run_dir: Path, capsys: pytest.CaptureFixture) -> None:
+    free = sampled(run_dir, "--max-new-tokens", 20, capsys=capsys)
+    assert sampled(run_dir, "--max-new-tokens", 20, "--prompt", "\n", capsys=capsys) == "\n" + free
+
+
+def test_a_vocabulary_without_a_line_end(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "text.txt").write_text("abcd" * 100)
+    assert start("numpy", tmp_path / "text.txt", tmp_path / "run", max_steps=1, decay_steps=3) == 0
+    assert len(sampled(tmp_path / "run", "--max-new-tokens", 5, capsys=capsys)) == 6
+
+
+def test_vocabulary_entries_without_a_token_are_never_drawn(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    text = write_text(tmp_path)
+    assert start("numpy", text, tmp_path / "run", vocab_size=5000, max_steps=1, decay_steps=3) == 0
+    shown = sampled(tmp_path / "run", "--temperature", 5, "--max-new-tokens", 50, capsys=capsys)
+    assert len(shown) == 51
+
+
+def test_a_run_that_was_never_best_samples_from_last(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    text = write_text(tmp_path)
+    assert start("numpy", text, tmp_path / "run", max_steps=1, decay_steps=3) == 0
+    (tmp_path / "run" / "best").rename(tmp_path / "elsewhere")
+    assert sampled(tmp_path / "run", "--max-new-tokens", 5, capsys=capsys)
+    (tmp_path / "run" / "last").rename(tmp_path / "elsewhere too")
+    assert "has no checkpoint yet" in refused(tmp_path / "run", capsys=capsys)
+
+
+@pytest.mark.parametrize("engine", ["numpy", "torch"])
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--prompt", "Alaricß"], "'ß' (U+00DF) at position 6"),
+        (["--temperature", -1], "temperature must be"),
+        (["--temperature", "nan"], "temperature must be"),
+        (["--top-k", 0], "top_k must be"),
+        (["--max-new-tokens", -1], "max_new_tokens must be at least 0"),
+        (["--num-samples", 0], "num_samples must be at least 1"),
+        (["--seed", -1], "seed must be at least 0"),
+        (["--engine", "jax"], "--engine"),
+        (["--frobnicate"], "--frobnicate"),
+    ],
+)
+def test_settings_that_make_no_sense(
+    run_dir: Path, engine: str, options: list, said: str, capsys: pytest.CaptureFixture
+) -> None:
+    engine_flags = [] if "--engine" in options else ["--engine", engine]
+    assert said in refused(run_dir, *options, *engine_flags, capsys=capsys)
+
+
+def test_a_folder_that_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert "is not a run: it has no config.json" in refused(tmp_path, capsys=capsys)
+    assert "no file" in refused(tmp_path / "nowhere", capsys=capsys)
+
+
+def test_a_prompt_that_is_not_utf8(run_dir: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "sample.py", run_dir], input=b"\xff\xfe", capture_output=True, timeout=60
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith(b"error: the prompt on standard input is not UTF-8")
+
+
+def test_a_reader_that_has_seen_enough(run_dir: Path) -> None:
+    argv = [sys.executable, ROOT / "sample.py", run_dir, "--max-new-tokens", "100000"]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL) as process:
+        process.stdout.read(50)
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait(timeout=60) == 1
