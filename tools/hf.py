@@ -12,6 +12,7 @@ that this architecture is not is refused by name. A safetensors file is mapped i
 looked at is never copied. Pickles are not read at all: they can run code.
 """
 
+import hashlib
 import json
 import math
 import mmap
@@ -24,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data import UserError
+from data import UserError, read_bytes
 from data.tokenizers import END_OF_TEXT, Tokenizer, shorten
 from numpygpt import GPTConfig, Params, param_shapes
 from tools.hf_tokenizer import TOKENIZER, to_hf
@@ -40,6 +41,7 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 # The numbers that can be read, and how their bytes lie. NumPy has no bfloat16: it is the upper half of a float32.
 DTYPES = {"F16": "<f2", "BF16": "<u2", "F32": "<f4", "F64": "<f8"}
+OURS = {"float32": "F32", "float64": "F64"}
 
 # Beside the sizes, what a GPT-2 config.json may say. The first value is GPT-2's default, which a file may leave out.
 ARCHITECTURE = {
@@ -74,19 +76,22 @@ class Imported:
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor in a mapped file, not looked at yet."""
+    """One tensor in a mapped safetensors file, not looked at yet."""
 
     path: Path
     name: str
-    content: mmap.mmap
+    content: mmap.mmap | bytes
     dtype: str
     shape: tuple[int, ...]
     start: int  # its first byte in content
+    size: int  # how many bytes it has there
 
     def read(self) -> np.ndarray:
-        """float32 or float64: a read-only view of the file where it holds just that, else a copy."""
-        view = np.frombuffer(self.content, DTYPES[self.dtype], math.prod(self.shape), self.start)
-        view = view.reshape(self.shape)
+        """float32 or float64: a read-only view of the file where it holds just that, else a copy. Raises UserError."""
+        size = math.prod(self.shape) * np.dtype(DTYPES[self.dtype]).itemsize
+        if size != self.size:
+            raise UserError(f"{self.path}: {self.name} needs {size:,} bytes by its shape and dtype, got {self.size:,}")
+        view = np.frombuffer(self.content, DTYPES[self.dtype], math.prod(self.shape), self.start).reshape(self.shape)
         if self.dtype == "BF16":
             return (view.astype(np.uint32) << 16).view(np.float32)
         if self.dtype == "F16":
@@ -94,15 +99,21 @@ class Stored:
         return view if view.flags.aligned else view.copy()
 
 
-def map_tensors(path: Path) -> dict[str, Stored]:
-    """The tensors of a safetensors file by name. Nothing but the header is read. Raises UserError."""
-    refuse_pickle(path)
-    if not path.is_file():
-        raise UserError(f"no file {str(path)!r}: expected weights as safetensors")
-    with open(path, "rb") as file:
-        if os.fstat(file.fileno()).st_size == 0:
-            raise UserError(f"{path} is empty: expected weights as safetensors")
-        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+def map_tensors(path: Path, expected: str, max_bytes: int | None = None) -> dict[str, Stored]:
+    """The tensors of a safetensors file by name. Nothing but its header is read.
+
+    Raises UserError, which says what was `expected` there, if there is no such file, anything else in it, or more than
+    max_bytes.
+    """
+    size = path.stat().st_size if path.is_file() else 0
+    if max_bytes is not None and size > max_bytes:
+        raise UserError(f"{path} has {size:,} bytes, more than {max_bytes:,}: expected {expected}")
+    if os.name == "nt" or size == 0:
+        # Windows would not let a trainer replace a mapped file; and what cannot be mapped gets its message here.
+        content = read_bytes(path, expected)
+    else:
+        with open(path, "rb") as file:
+            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     tensors = {}
     first = 8 + int.from_bytes(content[:8], "little")
     for name, entry in read_header(path, content).items():
@@ -110,33 +121,17 @@ def map_tensors(path: Path) -> dict[str, Stored]:
         if type(dtype) is not str or not is_counts(shape) or not is_counts(offsets) or len(offsets) != 2:
             raise UserError(f"{path}: tensor {shorten(name)} is described by {shorten(entry)}")
         start, end = offsets
-        size = math.prod(shape) * np.dtype(DTYPES.get(dtype, "u1")).itemsize
-        if end > len(content) - first or (dtype in DTYPES and end - start != size):
-            raise UserError(f"{path}: tensor {shorten(name)} needs {size:,} bytes, got {start} to {end} of the file")
-        tensors[name] = Stored(path, name, content, dtype, tuple(shape), first + start)
+        tensors[name] = Stored(path, name, content, dtype, tuple(shape), first + start, end - start)
+    covered = first
+    for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.start, tensor.size)):
+        if tensor.start != covered or tensor.size < 0:
+            raise UserError(f"{path}: tensor {shorten(tensor.name)} does not begin where the one before it ends")
+        covered += tensor.size
+    if covered != len(content):
+        raise UserError(
+            f"{path}: file not fully covered: it has {len(content):,} bytes, its tensors end at {covered:,}"
+        )
     return tensors
-
-
-def write_tensors(path: Path, tensors: Params, metadata: dict[str, str]) -> None:
-    """A new safetensors file, on the disk when this returns. Raises OSError.
-
-    The tensors go to the disk from where they are; only one that does not lie in order is copied, for as long as that
-    takes.
-    """
-    header: dict[str, dict] = {"__metadata__": metadata}
-    end = 0
-    for name, tensor in tensors.items():
-        start, end = end, end + tensor.nbytes
-        dtype = {"float32": "F32", "float64": "F64"}[tensor.dtype.name]
-        header[name] = {"dtype": dtype, "shape": tensor.shape, "data_offsets": [start, end]}
-    head = json.dumps(header).encode()
-    head += b" " * (-len(head) % 8)  # so that the numbers are aligned
-    with open(path, "xb") as file:
-        file.write(len(head).to_bytes(8, "little") + head)
-        for tensor in tensors.values():
-            file.write(np.ascontiguousarray(tensor))
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def is_counts(value: object) -> bool:
@@ -144,13 +139,28 @@ def is_counts(value: object) -> bool:
     return type(value) is list and all(type(one) is int and 0 <= one < 1 << 62 for one in value)
 
 
-def refuse_pickle(path: Path) -> None:
-    """Raises UserError if the file's name is one that pickles go by."""
-    if path.suffix in PICKLES:
-        raise UserError(
-            f"{path} is a pickle, which can run code when it is read: convert it to safetensors where you trust it, "
-            "as docs/ecosystem.md shows"
-        )
+def write_tensors(path: Path, tensors: Params, metadata: dict[str, str] | None = None) -> str:
+    """A new safetensors file, on the disk when this returns -> its SHA-256. Raises OSError.
+
+    The tensors go to the disk from where they are; only one that does not lie in order is copied, for as long as that
+    takes.
+    """
+    header: dict[str, dict] = {} if metadata is None else {"__metadata__": metadata}
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.nbytes
+        header[name] = {"dtype": OURS[tensor.dtype.name], "shape": tensor.shape, "data_offsets": [start, end]}
+    head = json.dumps(header).encode()
+    head += b" " * (-len(head) % 8)  # so that the numbers are aligned
+    digest = hashlib.sha256()
+    with open(path, "xb") as file:
+        for part in (len(head).to_bytes(8, "little"), head, *tensors.values()):
+            part = np.ascontiguousarray(part) if isinstance(part, np.ndarray) else part
+            digest.update(part)
+            file.write(part)
+        file.flush()
+        os.fsync(file.fileno())
+    return digest.hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -178,7 +188,7 @@ def read_hf(source: Path) -> Imported:
 
 def read_nanogpt(path: Path, n_head: int) -> Imported:
     """A nanoGPT state dict saved as safetensors; its sizes are its tensors', but for n_head. Raises UserError."""
-    tensors = by_our_names(map_tensors(path), path)
+    tensors = by_our_names(map_weights(path), path)
     shapes = {name: tensors[name].shape for name in ("wte.weight", "wpe.weight") if name in tensors}
     if len(shapes) < 2 or any(len(shape) != 2 for shape in shapes.values()):
         raise UserError(f"{path} is no nanoGPT model: it needs wte.weight (V, C) and wpe.weight (T, C)")
@@ -189,13 +199,27 @@ def read_nanogpt(path: Path, n_head: int) -> Imported:
     return Imported(config, params, tuple(notes))
 
 
+def map_weights(path: Path) -> dict[str, Stored]:
+    """The tensors of a safetensors file. Raises UserError, also if the name is one that pickles go by."""
+    refuse_pickle(path)
+    return map_tensors(path, "weights as safetensors")
+
+
+def refuse_pickle(path: Path) -> None:
+    if path.suffix in PICKLES:
+        raise UserError(
+            f"{path} is a pickle, which can run code when it is read: convert it to safetensors where you trust it, "
+            "as docs/ecosystem.md shows"
+        )
+
+
 def find_weights(source: Path) -> Iterator[tuple[str, Stored]]:
     """(name, tensor) of a weights file, or of a folder's: one file, or shards with an index. Raises UserError."""
     if not source.is_dir():
-        yield from map_tensors(source).items()
+        yield from map_weights(source).items()
         return
     if (source / WEIGHTS).exists():
-        yield from map_tensors(source / WEIGHTS).items()
+        yield from map_weights(source / WEIGHTS).items()
         return
     index = source / INDEX
     if not index.exists():
@@ -205,7 +229,7 @@ def find_weights(source: Path) -> Iterator[tuple[str, Stored]]:
     places = read_json(index).get("weight_map")
     if type(places) is not dict or not all(type(file) is str and Path(file).name == file for file in places.values()):
         raise UserError(f"{index}: weight_map must say which file of this folder each tensor is in")
-    shards = {file: map_tensors(source / file) for file in sorted(set(places.values()))}
+    shards = {file: map_weights(source / file) for file in sorted(set(places.values()))}
     for name, file in places.items():
         if name not in shards[file]:
             raise UserError(f"{source / file}: tensor {shorten(name)} is missing, which {INDEX} says is here")
