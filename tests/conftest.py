@@ -4,6 +4,7 @@ Hypothesis runs the same examples every time ("ci", the default), so that a fail
 the weather; `--hypothesis-profile thorough` runs a thousand a test.
 """
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
@@ -13,3 +14,8 @@ settings.register_profile("thorough", max_examples=1000, **COMMON)
 settings.load_profile("ci")
 
 torch.set_num_threads(1)  # on models this small, threads only cost
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Where numpygpt overflows or divides by zero, NumPy only warns: here that is an error."""
+    config.addinivalue_line("filterwarnings", "error::RuntimeWarning:numpygpt")

@@ -205,6 +205,7 @@ def test_what_cannot_be_is_one_line(
         (b"abc\xff\xfe", "not UTF-8"),
         (b"ab" * 5, "validation split"),
         (b"abcdefgh" * 10, None),  # a validation split shorter than a window, and a batch longer than the corpus
+        (b"abcdefgh" * 20 + b"z", None),  # a character that only validation has
         (b"\xef\xbb\xbf" + b"To be,\r\nor not\r\n" * 40, None),
     ],
 )

@@ -267,7 +267,7 @@ DAMAGES = {
     "config is no JSON": (lambda f: (f / "config.json").write_text("{"), "config.json: Expecting property name"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "has no weights: expected model.safetensors"),
     "empty weights": (lambda f: (f / "model.safetensors").write_bytes(b""), "is cut short: 0 bytes"),
-    "cut weights": (lambda f: os.truncate(f / "model.safetensors", 5000), "bytes, got"),
+    "cut weights": (lambda f: os.truncate(f / "model.safetensors", 5000), "is cut short"),
     "weights are a text": (lambda f: (f / "model.safetensors").write_text("hello " * 9), "is cut short"),
     "weights are a folder": (
         lambda f: ((f / "model.safetensors").unlink(), (f / "model.safetensors").mkdir()),

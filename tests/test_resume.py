@@ -263,10 +263,9 @@ def test_a_signal_lets_the_step_finish_and_says_how_to_go_on(number: int, text: 
     flags |= {"--eval-interval": 10**6, "--estimate-interval": 10**6}
     argv = [sys.executable, ROOT / "train_numpy.py", *arguments(flags)]
     with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8") as trainer:
-        while not (tmp_path / "run" / "metrics.jsonl").exists():
+        while not ((lines := tmp_path / "run" / "metrics.jsonl").exists() and lines.stat().st_size > 1000):
             assert trainer.poll() is None
             time.sleep(0.01)
-        time.sleep(0.2)
         trainer.send_signal(number)
         printed, errors = trainer.communicate(timeout=60)
     assert (trainer.returncode, errors) == (128 + number, "")

@@ -93,7 +93,8 @@ def run_program(main: Callable[[], int]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
-        message = f"{error.filename or 'input or output'}: {error.strerror or error}"
+        place = f"{error.filename}: " if error.filename else ""  # a write does not say where it failed
+        message = f"{place}{error.strerror or error}"
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     print(f"error: {message}", file=sys.stderr)
