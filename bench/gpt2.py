@@ -6,6 +6,7 @@ a process each, from before the weights are loaded to after some tokens are writ
 """
 
 import statistics
+import sys
 import tempfile
 from collections.abc import Callable
 from multiprocessing import get_context
@@ -18,6 +19,9 @@ from bench.cpu import alternate, blas_threads, ratio
 from data.tokenizers import CharTokenizer
 from tools.export import load_run, write_run
 from tools.hf import write_hf
+
+# `python bench/cpu.py` puts its own folder first, where transformers would take bench/tokenizers.py for the library.
+sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
 
 CONFIG = numpygpt.GPTConfig(50257, 1024, n_layer=12, n_head=12, n_embd=768, dropout=0.0)
 PROMPT, NEW = 256, 32  # tokens

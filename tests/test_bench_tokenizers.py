@@ -93,7 +93,7 @@ def test_a_finished_run_is_used_again_and_another_is_not_touched(
     capsys.readouterr()
     assert run_program(lambda: bench.main([*argv, "--max-chars", "20000"])) == 1
     error = capsys.readouterr().err
-    assert re.fullmatch(r"error: \S+numpy-char holds a run with another max_steps .*: choose another --run-dir\n", error)
+    assert re.fullmatch(r"error: \S+numpy-char holds a run with another .*: choose another --run-dir\n", error)
     assert [path.read_bytes() for path in files] == before
 
 
