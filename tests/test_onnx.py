@@ -19,8 +19,8 @@ onnxruntime = pytest.importorskip("onnxruntime", reason="needs onnxruntime: pip 
 
 from tools import onnx_graph  # noqa: E402  without onnx it cannot be imported
 
-FLOAT32 = 1e-5  # 2e-6 was the worst of a thousand examples
-FLOAT64 = 1e-7  # onnxruntime has Gelu's constants in float32 even then
+FLOAT32 = 1e-5  # 3e-6 was the worst of a thousand examples
+FLOAT64 = 1e-6  # 9e-8; onnxruntime has Gelu's constants in float32 even then
 
 CONFIG = GPTConfig(vocab_size=7, block_size=6, n_layer=2, n_head=2, n_embd=8, dropout=0.1)
 MEANING = "The graph is another function than numpygpt's."

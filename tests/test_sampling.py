@@ -291,6 +291,16 @@ def test_top_k_keeps_ties_and_nothing_else(engine: str) -> None:
 
 
 @of_both
+@property_test(seed=SEEDS, top_k=st.sampled_from([1, 2, 17, 250, 499, 500]))
+def test_top_k_of_a_large_vocabulary(engine: str, seed: int, top_k: int) -> None:
+    """A failure: what finds the k-th largest of few numbers does not find it among many."""
+    row = np.random.default_rng(seed).standard_normal(500)
+    drawn = sample(engine, np.tile(row, (2000, 1)), 1e6, top_k, np.random.default_rng(seed))
+    assert set(drawn) <= set(np.argsort(-row)[:top_k]), "a token beyond the k likeliest was drawn"
+    assert len(set(drawn)) > 0.5 * top_k, "some of the k likeliest tokens are never drawn"
+
+
+@of_both
 @property_test(row=SOME_LOGITS, seed=SEEDS)
 def test_temperature_0_is_argmax(engine: str, row: list, seed: int) -> None:
     """And draws nothing; of equally likely tokens it takes the first. So does top_k 1 without ties at any temperature.

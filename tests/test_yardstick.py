@@ -9,6 +9,7 @@ A model predicts every token but the first. Guessing the first one blindly, for 
 """
 
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,10 +22,11 @@ import training.evaluate
 from data import verse
 from data.corpus import load_corpus
 from data.tokenizers import load
+from tests.helpers import ROOT
 from tests.runs import arguments, run
 from training.metrics import read_metrics
 
-MARGIN = 0.12  # nats per character that the tiny model may need beyond the entropy
+MARGIN = 0.1  # nats per character that the tiny model may need beyond the entropy; with any of four seeds: 0.07
 CHANCE = math.log(1e6)  # nats: an honest model has this much luck once in a million texts
 
 # Its tokens are mostly whole words, so it need not learn to spell, and seconds suffice.
@@ -33,14 +35,15 @@ TINY = {
     "--data": "verse",
     "--tokenizer": "bpe",
     "--bpe-vocab-size": 512,
+    "--n-embd": 48,
     "--block-size": 48,
     "--batch-size": 8,
     "--max-steps": 400,
     "--eval-interval": 400,
-    "--learning-rate": 1.5e-2,
+    "--warmup-steps": 50,
+    "--learning-rate": 1e-2,
     "--min-lr": 1e-5,
     "--weight-decay": 0.3,
-    "--beta2": 0.995,
     "--estimate-batches": 0,
     "--threads": 1,
 }
@@ -77,7 +80,7 @@ def trained(folder: Path, **flags: object) -> Measured:
     return Measured(len(corpus.val_text), nats, grammar)
 
 
-def test_a_tiny_model_comes_near_the_entropy_and_not_below_it(tmp_path: Path) -> None:
+def test_a_tiny_model_comes_near_the_entropy_of_verse_and_not_below_it(tmp_path: Path) -> None:
     measured = trained(tmp_path / "run")
     sampling_error = measured.grammar / measured.chars - verse.entropy_per_char()
     print(f"{measured.excess:.4f} nats per character beyond this text's own; that is {sampling_error:+.4f} off entropy")
@@ -96,7 +99,7 @@ def test_a_model_that_has_seen_the_answers_is_found_out(tmp_path: Path, monkeypa
 
     monkeypatch.setattr(train_numpy, "read_windows", unshifted)
     monkeypatch.setattr(training.evaluate, "read_windows", unshifted)
-    measured = trained(tmp_path / "run", max_steps=30, eval_interval=30)
+    measured = trained(tmp_path / "run", max_steps=60, eval_interval=60)
     assert not measured.is_possible
 
 
@@ -106,3 +109,15 @@ def test_the_grammar_itself_has_no_excess_and_an_honest_mixture_little() -> None
     grammar = -verse.log_prob(text)
     assert Measured(len(text), grammar, grammar).is_possible
     assert not Measured(len(text), grammar - 0.001 * len(text), grammar).is_possible  # a thousandth of a nat is seen
+
+
+def test_docs_verse_has_the_exact_figures() -> None:
+    page = " ".join((ROOT / "docs" / "verse.md").read_text(encoding="utf-8").split())
+    corpus, entropy = load_corpus("verse"), verse.entropy_per_char()
+    own = (verse.log_prob(corpus.train_text) - verse.log_prob(corpus.text)) / len(corpus.val_text)
+    assert f"the entropy, {entropy:.4f} nats per character" in page
+    assert f"| the grammar, on this very text | | {own:.4f} | {own - entropy:.4f} |" in page
+    rows = re.findall(r"\| ([01]\.\d{4}) \| \**(-?[01]\.\d{4})\** \|", page)
+    assert len(rows) == 5
+    for nats, excess in rows:
+        assert float(nats) - float(excess) == pytest.approx(entropy, abs=1e-4)

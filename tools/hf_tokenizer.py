@@ -130,7 +130,6 @@ def bpe_from_hf(fields: dict, model: dict) -> BPETokenizer:
     expect_parts(fields, {"normalizer": None, "pre_tokenizer": byte_level, "decoder": {"type": "ByteLevel"}})
     for name in (
         "dropout",
-        "unk_token",
         "continuing_subword_prefix",
         "end_of_word_suffix",
         "byte_fallback",
@@ -141,16 +140,19 @@ def bpe_from_hf(fields: dict, model: dict) -> BPETokenizer:
     vocab, merges, added = model.get("vocab"), model.get("merges"), fields.get("added_tokens", [])
     if type(vocab) is not dict or type(merges) is not list or type(added) is not list:
         raise UserError("a BPE model needs vocab, merges and added_tokens")
+    vocab = dict(vocab)
     for token in added:
         if type(token) is not dict or type(token.get("content")) is not str:
             raise UserError(f"an added token is {shorten(token)}")
-        vocab = vocab | {token["content"]: token.get("id")}
+        vocab[token["content"]] = token.get("id")
     names = in_order(vocab)
 
     bytes_of = {symbol: byte for byte, symbol in byte_symbols().items()}
     if sorted(names[:256]) != sorted(bytes_of):
-        odd = next(name for name in names if name not in bytes_of)
-        raise UserError(f"the first 256 ids must be the bytes, in any order, but id {vocab[odd]} is {shorten(odd)}")
+        odd = next((name for name in names if name not in bytes_of), "missing")
+        raise UserError(
+            f"the first 256 ids must be the bytes, in any order, but id {vocab.get(odd, len(vocab))} is {shorten(odd)}"
+        )
     pairs = []
     for place, merge in enumerate(merges):
         pair = merge.split(" ") if type(merge) is str else merge
