@@ -11,10 +11,11 @@ Letters used for shapes, here and everywhere in the project:
     T  tokens in a sequence          nh, hs  heads, head size; C = nh * hs
     L  layers                        ... any leading dimensions
 
-Conventions. Each `x_forward` returns its output and a small cache; `x_backward` stands directly under it, unpacks that
-cache on its first line and returns gradients. A gradient is called d + the name of what it is the gradient of, always
-of the loss: `dx` is d loss / d x and has the shape of x. `dout` is the gradient of the forward's output. A linear
-layer is x @ weight.T + bias, as in PyTorch, so weights move between the two engines without a transposition.
+Conventions. Each `x_forward` returns its output and a small cache (softmax's output and dropout's scale are their own);
+`x_backward` stands directly under it, unpacks that cache on its first line and returns gradients. A gradient is called
+d + the name of what it is the gradient of, always of the loss: `dx` is d loss / d x and has the shape of x. `dout` is
+the gradient of the forward's output; along the residual stream, which is x before a block and after it, it is `dx` too.
+A linear layer is x @ weight.T + bias, as in PyTorch, so weights move between the two engines without a transposition.
 Every function follows the dtype of the parameters: float32 to train, float64 to prove.
 """
 
@@ -98,8 +99,10 @@ def init_params(config: GPTConfig, seed: int = 1337, dtype: type = np.float32) -
 
     Each block adds two branches to the residual stream, each through a c_proj; drawing those with 0.02 / sqrt(2 L)
     keeps the stream's variance independent of depth (Radford et al. 2019, section 2.3). The numbers are drawn in
-    float64 and then rounded, so the float32 weights of a seed are the rounded float64 weights of that seed.
+    float64 and then rounded, so the float32 weights of a seed are the rounded float64 weights of that seed. Raises
+    ValueError if the seed is not an integer of at least 0.
     """
+    check_count("seed", seed)
     rng = np.random.default_rng(seed)
     params = {}
     for name, shape in param_shapes(config).items():
@@ -138,7 +141,10 @@ def sum_rows(x: np.ndarray) -> np.ndarray:
 
 
 def embedding_forward(idx: np.ndarray, wte: np.ndarray, wpe: np.ndarray) -> tuple[np.ndarray, Cache]:
-    """Look up what each token is and where it stands, and add the two: idx (B, T) -> x (B, T, C)."""
+    """Look up what each token is and where it stands, and add the two: idx (B, T) -> x (B, T, C).
+
+    wte (V, C) has a row for each token, wpe (block_size, C) one for each position.
+    """
     T = idx.shape[1]
     return wte[idx] + wpe[:T], (idx, wte.shape, wpe.shape)
 
@@ -312,7 +318,7 @@ def softmax_backward(dprobs: np.ndarray, probs: np.ndarray) -> np.ndarray:
     return dx
 
 
-ATTENTION_BLOCK = 64
+ATTENTION_BLOCK = 64  # queries; smaller ones skip more of the future, larger ones keep the matrix products large
 
 
 def causal_blocks(T: int, num_keys: int) -> Iterator[tuple[slice, slice]]:
@@ -337,7 +343,7 @@ def mask_future(att: np.ndarray) -> None:
 
 def attention_forward(
     x: np.ndarray,
-    p: Params,
+    params: Params,
     n_head: int,
     dropout: float = 0.0,
     rngs: Sequence[np.random.Generator] | None = None,
@@ -348,12 +354,14 @@ def attention_forward(
     Every token asks with a query what the tokens up to itself offer with their keys, and takes the average of their
     values, weighted by softmax(query . key / sqrt(hs)). One linear layer makes queries, keys and values together.
 
+    params: c_attn.weight (3C, C) and .bias (3C,), c_proj.weight (C, C) and .bias (C,), or no biases
+    dropout, rngs: as dropout_forward's p and rngs
     past: (keys, values, start), two arrays (B, nh, block_size, hs) that hold the first `start` tokens' keys and values.
     The T tokens of x come after those; their own keys and values are written in behind.
     """
     B, T, C = x.shape
     hs = C // n_head
-    qkv, qkv_cache = linear_forward(x, p["c_attn.weight"], p.get("c_attn.bias"))
+    qkv, qkv_cache = linear_forward(x, params["c_attn.weight"], params.get("c_attn.bias"))
     q, k, v = qkv.reshape(B, T, 3, n_head, hs).transpose(2, 0, 3, 1, 4)  # each (B, nh, T, hs)
     if past is not None:
         keys, values, start = past
@@ -372,13 +380,13 @@ def attention_forward(
         heads[:, :, rows] = dropped @ v[:, :, seen]
         block_caches.append((rows, seen, probs, dropped, scale))
 
-    out, proj_cache = linear_forward(y.reshape(B, T, C), p["c_proj.weight"], p.get("c_proj.bias"))
+    out, proj_cache = linear_forward(y.reshape(B, T, C), params["c_proj.weight"], params.get("c_proj.bias"))
     out, out_scale = dropout_forward(out, dropout, rngs)
     return out, (qkv_cache, q, k, v, block_caches, proj_cache, out_scale)
 
 
 def attention_backward(dout: np.ndarray, cache: Cache) -> tuple[np.ndarray, Params]:
-    """dout (B, T, C) -> dx (B, T, C), the gradients of the parameters. The forward's lines in reverse.
+    """dout (B, T, C) -> dx (B, T, C), the parameters' gradients (None for no bias). The forward's lines in reverse.
 
     A masked score is -inf whatever x is; its probability is 0, and softmax's backward multiplies by that: its
     gradient vanishes of itself. q, k and v each appear in one matrix product, so each gets the linear layer's rule.
@@ -409,18 +417,21 @@ def attention_backward(dout: np.ndarray, cache: Cache) -> tuple[np.ndarray, Para
 
 
 def mlp_forward(
-    x: np.ndarray, p: Params, dropout: float = 0.0, rngs: Sequence[np.random.Generator] | None = None
+    x: np.ndarray, params: Params, dropout: float = 0.0, rngs: Sequence[np.random.Generator] | None = None
 ) -> tuple[np.ndarray, Cache]:
-    """Two linear layers with a GELU between them, four times as wide inside, on each token alone: (B, T, C) -> same."""
-    hidden, fc_cache = linear_forward(x, p["c_fc.weight"], p.get("c_fc.bias"))  # (B, T, 4C)
+    """Two linear layers with a GELU between them, four times as wide inside, on each token alone: (B, T, C) -> same.
+
+    params: c_fc.weight (4C, C) and .bias (4C,), c_proj.weight (C, 4C) and .bias (C,), or no biases
+    """
+    hidden, fc_cache = linear_forward(x, params["c_fc.weight"], params.get("c_fc.bias"))  # (B, T, 4C)
     hidden, gelu_cache = gelu_forward(hidden)
-    out, proj_cache = linear_forward(hidden, p["c_proj.weight"], p.get("c_proj.bias"))
+    out, proj_cache = linear_forward(hidden, params["c_proj.weight"], params.get("c_proj.bias"))
     out, out_scale = dropout_forward(out, dropout, rngs)
     return out, (fc_cache, gelu_cache, proj_cache, out_scale)
 
 
 def mlp_backward(dout: np.ndarray, cache: Cache) -> tuple[np.ndarray, Params]:
-    """dout (B, T, C) -> dx (B, T, C), the gradients of the parameters: the forward's calls in reverse."""
+    """dout (B, T, C) -> dx (B, T, C), the parameters' gradients (None for no bias): the forward's calls in reverse."""
     fc_cache, gelu_cache, proj_cache, out_scale = cache
     grads: Params = {}
     dout = dropout_backward(dout, out_scale)
@@ -432,7 +443,7 @@ def mlp_backward(dout: np.ndarray, cache: Cache) -> tuple[np.ndarray, Params]:
 
 def block_forward(
     x: np.ndarray,
-    p: Params,
+    params: Params,
     n_head: int,
     dropout: float = 0.0,
     rngs: Sequence[np.random.Generator] | None = None,
@@ -440,19 +451,19 @@ def block_forward(
 ) -> tuple[np.ndarray, Cache]:
     """One transformer block, (B, T, C) -> (B, T, C): each branch reads the residual stream x and adds to it.
 
-    p holds the block's parameters by their names within the block; past is explained at attention_forward.
+    params holds the block's parameters by their names within the block; past is explained at attention_forward.
     """
-    branch, ln_1_cache = layernorm_forward(x, p["ln_1.weight"], p.get("ln_1.bias"))
-    branch, attn_cache = attention_forward(branch, within(p, "attn."), n_head, dropout, rngs, past)
+    branch, ln_1_cache = layernorm_forward(x, params["ln_1.weight"], params.get("ln_1.bias"))
+    branch, attn_cache = attention_forward(branch, within(params, "attn."), n_head, dropout, rngs, past)
     x = x + branch
-    branch, ln_2_cache = layernorm_forward(x, p["ln_2.weight"], p.get("ln_2.bias"))
-    branch, mlp_cache = mlp_forward(branch, within(p, "mlp."), dropout, rngs)
+    branch, ln_2_cache = layernorm_forward(x, params["ln_2.weight"], params.get("ln_2.bias"))
+    branch, mlp_cache = mlp_forward(branch, within(params, "mlp."), dropout, rngs)
     x = x + branch
     return x, (ln_1_cache, attn_cache, ln_2_cache, mlp_cache)
 
 
 def block_backward(dx: np.ndarray, cache: Cache) -> tuple[np.ndarray, Params]:
-    """dx (B, T, C) of the output -> dx (B, T, C) of the input, the gradients of the parameters.
+    """dx (B, T, C) of the output -> dx (B, T, C) of the input, the parameters' gradients (None for no bias).
 
     A sum hands its gradient to both sides: to the branch, and unchanged around it. So each branch's gradient is
     *added* to the stream's own.
@@ -515,6 +526,9 @@ class GPT:
         It pays when the BLAS is told to use one thread itself. It changes nothing but the order in which the parts'
         gradients are added, so their rounding.
 
+    Making one tunes the process for speed: its memory allocator (keep_freed_memory) and, for several threads, how soon
+    Python switches between them.
+
     Raises ValueError that names the parameter that is missing, unknown, of a wrong shape or dtype, or not finite.
     """
 
@@ -527,8 +541,8 @@ class GPT:
         dtype: type = np.float32,
         threads: int = 1,
     ) -> None:
-        if np.dtype(dtype) not in (np.dtype(np.float32), np.dtype(np.float64)):
-            raise ValueError(f"dtype must be float32 or float64, got {np.dtype(dtype)}")
+        if (name := getattr(dtype, "__name__", str(dtype))) not in ("float32", "float64"):
+            raise ValueError(f"dtype must be float32 or float64, got {name}")
         if not is_integer(threads) or threads < 1:
             raise ValueError(f"threads must be an integer of at least 1, got {threads!r}")
         keep_freed_memory()
@@ -555,7 +569,7 @@ class GPT:
         idx, targets, count = check_batch(self.config, idx, targets)
         rngs = row_generators(rng, len(idx))
         parts = in_parts(lambda rows: self._logits(idx[rows], rngs and rngs[rows])[0], len(idx), self.threads)
-        logits = np.concatenate(parts)
+        logits = parts[0] if len(parts) == 1 else np.concatenate(parts)
         loss = None if targets is None else cross_entropy_forward(logits, targets, count)[0]
         return logits, loss
 
@@ -585,7 +599,9 @@ class GPT:
         def loss_and_grads_of(rows: slice) -> tuple[np.floating, Params]:
             logits, caches = self._logits(idx[rows], rngs and rngs[rows], keep_caches=True)
             loss, loss_cache = cross_entropy_forward(logits, targets[rows], count)
-            return loss, self._backward(cross_entropy_backward(loss_cache), caches)
+            dlogits = cross_entropy_backward(loss_cache)
+            del logits, loss_cache  # with a large vocabulary, most of the memory
+            return loss, self._backward(dlogits, caches)
 
         (loss, grads), *others = in_parts(loss_and_grads_of, len(idx), self.threads)
         for part_loss, part_grads in others:
@@ -605,32 +621,35 @@ class GPT:
 
         Only with keep_caches do the blocks' caches stay; without, each is freed as soon as the next block has run.
         """
-        config, p = self.config, self.params
+        config, params = self.config, self.params
         start = 0 if pasts is None else pasts[0][2]
-        x, embedding_cache = embedding_forward(idx, p["wte.weight"], p["wpe.weight"][start:])
+        x, embedding_cache = embedding_forward(idx, params["wte.weight"], params["wpe.weight"][start:])
         x, scale = dropout_forward(x, config.dropout, rngs)
         caches: list[Cache] = [(embedding_cache, scale)]
         for i in range(config.n_layer):
             past = None if pasts is None else pasts[i]
-            x, cache = block_forward(x, within(p, f"h.{i}."), config.n_head, config.dropout, rngs, past)
+            x, cache = block_forward(x, within(params, f"h.{i}."), config.n_head, config.dropout, rngs, past)
             if keep_caches:
                 caches.append(cache)
         if pasts is not None:
             x = x[:, -1:]  # whoever continues a text needs the logits after its last token only
-        x, ln_f_cache = layernorm_forward(x, p["ln_f.weight"], p.get("ln_f.bias"))
-        logits, head_cache = linear_forward(x, p["wte.weight"], None)  # the tied head: wte once more
-        check_finite(logits, p)
+        x, ln_f_cache = layernorm_forward(x, params["ln_f.weight"], params.get("ln_f.bias"))
+        logits, head_cache = linear_forward(x, params["wte.weight"], None)  # the tied head: wte once more
+        check_finite(logits, params)
         return logits, [*caches, ln_f_cache, head_cache]
 
     def _backward(self, dlogits: np.ndarray, caches: list[Cache]) -> Params:
-        """dlogits (B, T, V), all caches of _logits -> {name: gradient}: the lines of _logits in reverse."""
-        (embedding_cache, scale), *block_caches, ln_f_cache, head_cache = caches
+        """dlogits (B, T, V), all caches of _logits -> {name: gradient}: the lines of _logits in reverse.
+
+        Takes each cache off the list, so that its memory is free as soon as it has served.
+        """
         grads: Params = {}
-        dx, dwte, _ = linear_backward(dlogits, head_cache)
-        dx, grads["ln_f.weight"], grads["ln_f.bias"] = layernorm_backward(dx, ln_f_cache)
+        dx, dwte, _ = linear_backward(dlogits, caches.pop())
+        dx, grads["ln_f.weight"], grads["ln_f.bias"] = layernorm_backward(dx, caches.pop())
         for i in reversed(range(self.config.n_layer)):
-            dx, block_grads = block_backward(dx, block_caches.pop())
+            dx, block_grads = block_backward(dx, caches.pop())
             grads |= {f"h.{i}.{name}": grad for name, grad in block_grads.items()}
+        embedding_cache, scale = caches.pop()
         dx = dropout_backward(dx, scale)
         grads["wte.weight"], grads["wpe.weight"] = embedding_backward(dx, embedding_cache)
         grads["wte.weight"] += dwte  # wte is used twice, as the embedding and as the head: its gradients add
@@ -717,13 +736,17 @@ def sample(logits: np.ndarray, temperature: float, top_k: int | None, rng: np.ra
 
 
 def in_parts(function: Callable[[slice], object], length: int, threads: int) -> list:
-    """[function(part), ...] for the `threads` slices that range(length) is cut into, each in a thread of its own."""
+    """[function(part), ...] for the `threads` slices that range(length) is cut into: the first here, the others beside.
+
+    Of more threads than length, only `length` have something to do.
+    """
     n = min(threads, length)
     parts = [slice(length * i // n, length * (i + 1) // n) for i in range(n)]
     if n == 1:
         return [function(parts[0])]
-    with ThreadPoolExecutor(n) as pool:
-        return list(pool.map(function, parts))
+    with ThreadPoolExecutor(n - 1) as pool:
+        others = pool.map(function, parts[1:])  # they start now
+        return [function(parts[0]), *others]
 
 
 def keep_freed_memory() -> None:
@@ -731,12 +754,12 @@ def keep_freed_memory() -> None:
 
     By default glibc, Linux's, takes every large array from the system as fresh pages, and their first touch costs more
     than the arithmetic on them: at the small preset nearly half of a training step. The three settings are: no page
-    mappings of their own for arrays below 1 GB, nothing handed back below 2 GB, and one pool for all threads. They
-    hold for the whole process. Other systems' libraries are left alone.
+    mappings of their own for large arrays, nothing handed back below 2 GB, and one pool for all threads. They hold for
+    the whole process. Other systems' libraries are left alone.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # the names and numbers of <malloc.h>
-        libc.mallopt(M_MMAP_THRESHOLD, 2**30)
+        M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # the names and numbers of <malloc.h>
+        libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
         libc.mallopt(M_ARENA_MAX, 1)
 
@@ -766,8 +789,14 @@ class AdamW:
     """Adam with decoupled weight decay (Loshchilov & Hutter 2019, algorithm 2). Updates params in place.
 
     m and v are running means of the gradient and of its square, t counts the steps. Matrices decay towards zero by
-    lr * weight_decay a step; biases and LayerNorm gains, of one dimension, do not. The tensors are shared out among
-    `threads`; no number depends on how many.
+    lr * weight_decay a step; biases and LayerNorm gains, of one dimension, do not.
+
+    params: the arrays to learn, which must be writable
+    betas: how much of the running means of the gradient and of its square stays at each step, two numbers in [0, 1)
+    eps: keeps the division finite where a gradient is 0, above 0
+    weight_decay: at least 0
+
+    Raises ValueError that names the argument or the parameter.
     """
 
     def __init__(
@@ -777,49 +806,52 @@ class AdamW:
         betas: tuple[float, float] = (0.9, 0.99),
         eps: float = 1e-8,
         weight_decay: float = 0.1,
-        threads: int = 1,
     ) -> None:
-        if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"betas must be in [0, 1), got {betas!r}")
+        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"betas must be two numbers in [0, 1), got {betas!r}")
         if not eps > 0:
             raise ValueError(f"eps must be positive, got {eps!r}")
         if not weight_decay >= 0:
             raise ValueError(f"weight_decay must be at least 0, got {weight_decay!r}")
-        self.params = params
-        self.betas, self.eps, self.weight_decay, self.threads = betas, eps, weight_decay, threads
+        for name, param in params.items():
+            if not param.flags.writeable:
+                raise ValueError(f"{name} must be writable to be learned, got a read-only array: copy it first")
+        self.params, self.betas, self.eps, self.weight_decay = params, betas, eps, weight_decay
         self.m = {name: np.zeros_like(param) for name, param in params.items()}
         self.v = {name: np.zeros_like(param) for name, param in params.items()}
         self.t = 0
 
     def step(self, grads: Params, lr: float) -> None:
-        """One update with learning rate lr. Raises ValueError if grads does not have exactly the names of params."""
+        """One update with learning rate lr, all of it in place.
+
+        Raises ValueError if grads does not have exactly the names and shapes of params; then nothing has changed.
+        """
         if grads.keys() != self.params.keys():
             wrong = sorted(grads.keys() ^ self.params.keys())
             raise ValueError(f"grads must have the names of params; missing or unknown: {', '.join(wrong)}")
+        for name, param in self.params.items():
+            if grads[name].shape != param.shape:
+                raise ValueError(f"the gradient of {name} must have shape {param.shape}, got {grads[name].shape}")
         self.t += 1
-        names = list(self.params)
-        in_parts(lambda part: [self._update(name, grads[name], lr) for name in names[part]], len(names), self.threads)
-
-    def _update(self, name: str, grad: np.ndarray, lr: float) -> None:
-        """The update of one tensor, all of it in place."""
-        param, m, v = self.params[name], self.m[name], self.v[name]
         beta1, beta2 = self.betas
         # m and v start at 0 and are too small at first, by exactly these factors (Kingma & Ba 2015, section 3).
         correction1, correction2 = 1 - beta1**self.t, 1 - beta2**self.t
-        m *= beta1
-        m += (1 - beta1) * grad
-        square = grad * grad
-        square *= 1 - beta2
-        v *= beta2
-        v += square
-        denominator = np.sqrt(v, out=square)
-        denominator /= math.sqrt(correction2)
-        denominator += self.eps
-        update = m / denominator
-        update *= lr / correction1
-        if param.ndim >= 2:
-            param *= 1 - lr * self.weight_decay
-        param -= update
+        for name, param in self.params.items():
+            grad, m, v = grads[name], self.m[name], self.v[name]
+            m *= beta1
+            m += (1 - beta1) * grad
+            square = grad * grad
+            square *= 1 - beta2
+            v *= beta2
+            v += square
+            denominator = np.sqrt(v, out=square)
+            denominator /= math.sqrt(correction2)
+            denominator += self.eps
+            update = m / denominator
+            update *= lr / correction1
+            if param.ndim >= 2:
+                param *= 1 - lr * self.weight_decay
+            param -= update
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ class NumpyEngine:
         dtype = np.float64 if training.dtype == "float64" else np.float32
         self.gpt = GPT(model, seed=training.seed, dtype=dtype, threads=threads)
         betas = (training.beta1, training.beta2)
-        self.optimizer = AdamW(self.gpt.params, betas=betas, weight_decay=training.weight_decay, threads=threads)
+        self.optimizer = AdamW(self.gpt.params, betas=betas, weight_decay=training.weight_decay)
         self.seed, self.grad_clip = training.seed, training.grad_clip or math.inf
 
     def train_step(self, step: int, micro_batches: Sequence[Batch], lr: float) -> tuple[float, float]:

@@ -71,7 +71,7 @@ def random_batch(config: numpygpt.GPTConfig, B: int) -> tuple[np.ndarray, np.nda
 def numpy_step(config: numpygpt.GPTConfig, B: int, threads: int) -> Callable[[], None]:
     idx, targets = random_batch(config, B)
     model = numpygpt.GPT(config, threads=threads)
-    optimizer = numpygpt.AdamW(model.params, threads=threads)
+    optimizer = numpygpt.AdamW(model.params)
 
     def step() -> None:
         _, grads = model.loss_and_grads(idx, targets)

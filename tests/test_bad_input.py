@@ -247,7 +247,7 @@ def test_bad_arguments_of_the_models() -> None:
 
 
 BAD_OPTIMIZERS = {
-    "betas": [(1.0, 0.99), (0.9, 1.0), (-0.1, 0.99), (0.9, math.nan)],
+    "betas": [(1.0, 0.99), (0.9, 1.0), (-0.1, 0.99), (0.9, math.nan), (0.9,), (0.9, 0.99, 0.999)],
     "eps": [0.0, -1e-8, math.nan],
     "weight_decay": [-0.1, math.nan],
 }
@@ -269,6 +269,36 @@ def test_gradients_of_other_parameters() -> None:
         message = message_of(lambda grads=grads: optimizer.step(grads, 0.1))
         assert message.startswith("grads must have the names of params; missing or unknown: ")
     assert optimizer.t == 0, "a step that failed was counted"
+
+
+def test_gradients_of_other_shapes() -> None:
+    """A failure: NumPy stretches a gradient to the shape of its parameter, or stops halfway through the update."""
+    optimizer = AdamW({"a": np.zeros((2, 2)), "b": np.zeros(2)})
+    message = message_of(lambda: optimizer.step({"a": np.ones((2, 2)), "b": np.ones(1)}, 0.1))
+    assert message == "the gradient of b must have shape (2,), got (1,)"
+    assert optimizer.t == 0 and not optimizer.m["a"].any(), "a step that failed has begun"
+
+
+def test_weights_that_cannot_be_learned() -> None:
+    """A failure: the first step moves m and v, and only then finds that the weights are read-only."""
+    weight = np.zeros(2)
+    weight.flags.writeable = False
+    message = message_of(lambda: AdamW({"a": weight}))
+    assert message == "a must be writable to be learned, got a read-only array: copy it first"
+
+
+@pytest.mark.parametrize("gpt", [numpygpt.GPT, torchgpt.GPT])
+@pytest.mark.parametrize("seed", [-1, 1.5, True, "1"])
+def test_bad_seeds(gpt: type, seed: object) -> None:
+    """A failure: an error from within NumPy that does not say which argument is meant."""
+    assert message_of(lambda: gpt(CONFIG, seed=seed)) == f"seed must be an integer of at least 0, got {seed!r}"
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.int64, "bfloat16", None])
+def test_bad_dtypes_of_weights(dtype: object) -> None:
+    """A failure: an error from within NumPy, or a model of a dtype that nothing here is tested with."""
+    message = message_of(lambda: numpygpt.GPT(CONFIG, dtype=dtype))
+    assert message.startswith("dtype must be float32 or float64, got "), message
 
 
 @pytest.mark.parametrize("max_norm", [0.0, -1.0, math.nan])

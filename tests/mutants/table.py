@@ -165,8 +165,8 @@ TABLE = {
             ("the MLP reads the stream without its LayerNorm", "mlp_forward(branch, within", "mlp_forward(x, within"),
             (
                 "the second LayerNorm with the first one's gain",
-                'layernorm_forward(x, p["ln_2.weight"]',
-                'layernorm_forward(x, p["ln_1.weight"]',
+                'layernorm_forward(x, params["ln_2.weight"]',
+                'layernorm_forward(x, params["ln_1.weight"]',
             ),
         ],
         "test_layers.py::test_layer_parity_float64[cross_entropy]": [
@@ -288,12 +288,12 @@ TABLE = {
         "test_trajectory.py::test_adamw_parity": [
             (
                 "L2 in place of decoupled decay",
-                "param, m, v = self.params[name], self.m[name], self.v[name]\n",
+                "grad, m, v = grads[name], self.m[name], self.v[name]\n",
                 (
-                    "param, m, v = self.params[name], self.m[name], self.v[name]\n"
-                    "        if param.ndim >= 2:\n"
-                    "            grad = grad + self.weight_decay * param\n"
-                    "            param /= 1 - lr * self.weight_decay\n"
+                    "grad, m, v = grads[name], self.m[name], self.v[name]\n"
+                    "            if param.ndim >= 2:\n"
+                    "                grad = grad + self.weight_decay * param\n"
+                    "                param /= 1 - lr * self.weight_decay\n"
                 ),
             ),
             ("decay does not follow the learning rate", "1 - lr * self.weight_decay", "1 - self.weight_decay"),
@@ -302,12 +302,12 @@ TABLE = {
                 "correction1, correction2 = 1 - beta1**self.t, 1 - beta2**self.t",
                 "correction1, correction2 = 1.0, 1.0",
             ),
-            ("bias correction one step late", "        self.t += 1\n        names", "        names"),
+            ("bias correction one step late", "        self.t += 1\n        beta1", "        beta1"),
             ("epsilon inside the root", "np.sqrt(v, out=square)", "np.sqrt(v + self.eps, out=square)"),
             (
                 "epsilon before the bias correction",
-                "        denominator /= math.sqrt(correction2)\n        denominator += self.eps\n",
-                "        denominator += self.eps\n        denominator /= math.sqrt(correction2)\n",
+                "denominator /= math.sqrt(correction2)\n            denominator += self.eps\n",
+                "denominator += self.eps\n            denominator /= math.sqrt(correction2)\n",
             ),
             ("m forgets as fast as v", "m += (1 - beta1) * grad", "m += (1 - beta2) * grad"),
         ],
