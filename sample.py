@@ -5,11 +5,13 @@
     echo "ROMEO:" | python sample.py runs/numpy-small
 
 The run's best checkpoint writes, or its last one if none was best yet. One seed gives one text, whichever engine
-computes it: both compute in float64, where the two agree too closely for any draw to fall between them.
+computes it: both compute in float64, where the two agree too closely for any draw to fall between them. Only models
+of GPT-2's size and more are sampled in the dtype of their weights: those may take the memory, and float64 twice of it.
 """
 
 import dataclasses
 import os
+import select
 import shlex
 import stat
 import sys
@@ -29,6 +31,9 @@ from training.command import parse, run_program
 from training.run import read_config
 
 Engine = Literal["numpy", "torch"]
+
+LARGE = 50_000_000  # parameters, from which on a model is sampled in the dtype of its weights
+PATIENCE = 1.0  # seconds in which something must come from a pipe that nobody asked to be read
 
 
 def load_run(folder: Path) -> tuple[GPTConfig, Params, Tokenizer]:
@@ -62,15 +67,17 @@ def token_stream(
 ) -> Iterator[int]:
     """Token ids after prompt (T,), without end, from either engine. Raises ValueError on impossible settings."""
     options = {"temperature": temperature, "top_k": top_k, "rng": rng}
+    large = sum(weight.size for weight in weights.values()) >= LARGE
+    dtype = weights["wte.weight"].dtype if large else np.dtype(np.float64)
     if engine == "numpy":
-        stream = GPT(config, weights, dtype=np.float64).stream(prompt[None], **options)
+        stream = GPT(config, weights, dtype=dtype).stream(prompt[None], **options)
     else:
         import torch  # here: the NumPy engine must run without it
 
         import torchgpt
 
-        gpt = torchgpt.GPT(config, dtype=torch.float64)
-        gpt.load_state_dict({name: torch.from_numpy(weight) for name, weight in weights.items()})
+        gpt = torchgpt.GPT(config, dtype=getattr(torch, dtype.name))
+        gpt.load_state_dict({name: torch.tensor(weight) for name, weight in weights.items()})
         stream = gpt.stream(torch.from_numpy(prompt[None].astype(np.int64)), **options)
     return (int(tokens[0]) for tokens in stream)
 
@@ -130,9 +137,17 @@ def show_sample(folder: Path, engine: Engine) -> None:
 
 
 def piped_prompt() -> str | None:
-    """The text on standard input if it is a pipe or a file, as it stands. Raises UserError if it is not UTF-8."""
+    """The text on standard input if it is a pipe or a file, as it stands. Raises UserError if it is not UTF-8.
+
+    Who starts a program from another one often leaves it a pipe that nobody will ever write to, nor close.
+    """
+    if sys.stdin is None:
+        return None
     mode = os.fstat(sys.stdin.fileno()).st_mode
     if not (stat.S_ISFIFO(mode) or stat.S_ISREG(mode)):
+        return None
+    if os.name == "posix" and not select.select([sys.stdin], [], [], PATIENCE)[0]:
+        print("nothing comes from standard input, so on without a prompt; --prompt - would wait", file=sys.stderr)
         return None
     return read_prompt()
 

@@ -22,9 +22,11 @@ import torchgpt
 from data import verse
 from data.tokenizers import END_OF_TEXT, BPETokenizer, CharTokenizer, Tokenizer, save
 from numpygpt import GPTConfig
+from tests import runs
 from tests.helpers import Arrays, random_weights
 from tools import export
 from tools.hf import PICKLES
+from training.checkpoint import load_weights, locate
 from training.command import run_program
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may look for anything anywhere else
@@ -131,6 +133,38 @@ def test_an_imported_model_samples_as_it_did(
     assert run("from-hf", folder, tmp_path / "new" / "run") == 0
     before = sampled(one_run, capsys, TEXT[:9], 50)
     assert sampled(tmp_path / "new" / "run", capsys, TEXT[:9], 50, engine) == before
+
+
+@pytest.mark.parametrize("engine", runs.ENGINES)
+def test_an_imported_model_learns_from_any_text(
+    engine: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """A failure: what is imported cannot be fine-tuned, or the run forgets what it learned from."""
+    text, fine_tuned = runs.write_text(tmp_path), tmp_path / "back"
+    assert run("from-hf", folder, fine_tuned) == 0
+    few = {"batch_size": 4, "grad_accum": 2, "eval_interval": 2, "learning_rate": 1e-2, "min_lr": 1e-3, "seed": 5}
+    assert runs.resume(engine, fine_tuned, data=text, max_steps=4, **few) == 0
+    losses = [line["loss"] for line in runs.measured(fine_tuned) if line["protocol"] == "full"]
+    assert len(losses) == 2 and losses[1] < losses[0]
+    before, after = load_weights(locate(tmp_path / "run", "last"), CONFIG), export.load_run(fine_tuned)[1]
+    assert all((before[name] != after[name]).any() for name in before)
+
+    # From here on it is bound to its text like any other run.
+    other = tmp_path / "other.txt"
+    other.write_text(TEXT[:2000], encoding="utf-8")
+    for change, line in (({"data": other}, "is not the corpus of"), ({"seed": 6}, "seed of a run cannot be changed")):
+        capsys.readouterr()
+        assert runs.resume(engine, fine_tuned, max_steps=6, **change) == 1
+        assert line in capsys.readouterr().err
+    assert runs.resume(engine, fine_tuned, max_steps=6) == 0
+
+
+@pytest.mark.parametrize("change", [{"tokenizer": "bpe"}, {"n_layer": 3}])
+def test_an_imported_model_keeps_its_shape_and_tokenizer(
+    change: dict, one_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert runs.resume("numpy", one_run, data=runs.write_text(tmp_path), **change) == 1
+    assert f"{next(iter(change))} of a run cannot be changed" in capsys.readouterr().err
 
 
 def test_nanogpt_is_imported_with_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

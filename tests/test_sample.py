@@ -6,9 +6,12 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 import sample
+import torchgpt
 from tests.runs import ROOT, command, start, write_text
 from training.command import run_program
 
@@ -86,6 +89,43 @@ def test_the_prompt_may_come_through_a_pipe(run_dir: Path) -> None:
     for argv in (options, [*options, "--prompt", "-"]):
         piped = command("sample.py", run_dir, *argv, input="Alaric:")
         assert piped.stdout == given.stdout, piped.stderr
+
+
+def test_a_pipe_that_nobody_writes_to_is_not_waited_for(run_dir: Path) -> None:
+    """A failure: started from another program, which left its standard input open, it never says a word."""
+    free = command("sample.py", run_dir, "--max-new-tokens", 20)
+    argv = [sys.executable, ROOT / "sample.py", run_dir, "--max-new-tokens", "20"]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.wait(timeout=60) == 0
+        assert process.stdout.read().decode() == free.stdout
+        assert process.stderr.read().startswith(b"nothing comes from standard input")
+
+
+def test_a_closed_standard_input_is_no_prompt(
+    run_dir: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = sampled(run_dir, "--max-new-tokens", 20, capsys=capsys)
+    monkeypatch.setattr(sys, "stdin", None)  # what Python makes of it
+    assert sampled(run_dir, "--max-new-tokens", 20, capsys=capsys) == free
+
+
+@pytest.mark.parametrize("engine", ["numpy", "torch"])
+def test_large_models_are_sampled_in_the_dtype_of_their_weights(
+    engine: str, run_dir: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A failure: GPT-2 takes twice the memory. NumPy reads the weights where they are, mapped from their file."""
+    models = []
+    for module, name in ((sample, "GPT"), (torchgpt, "GPT")):
+        made = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, made=made, **k: models.append(made(*a, **k)) or models[-1])
+    small = sampled(run_dir, "--max-new-tokens", 20, "--engine", engine, capsys=capsys)
+    monkeypatch.setattr(sample, "LARGE", 1)
+    assert sampled(run_dir, "--max-new-tokens", 20, "--engine", engine, capsys=capsys) == small
+    if engine == "numpy":
+        assert [model.params["wte.weight"].dtype for model in models] == [np.float64, np.float32]
+        assert not models[1].params["h.0.attn.c_attn.weight"].flags.writeable
+    else:
+        assert [model.wte.weight.dtype for model in models] == [torch.float64, torch.float32]
 
 
 def test_without_a_prompt_a_text_begins_after_a_line_end(run_dir: Path, capsys: pytest.CaptureFixture) -> None:

@@ -30,7 +30,7 @@ from numpygpt import GPTConfig, Params, param_shapes
 from training.checkpoint import TOKENIZER, Checkpoint, State, load_weights, locate, save_checkpoint, sync_folder
 from training.command import parse, run_program
 from training.config import TrainConfig
-from training.run import RunConfig, read_config, write_config
+from training.run import NO_CORPUS, RunConfig, read_config, write_config
 
 RunFolder = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
 
@@ -105,7 +105,8 @@ def load_run(folder: Path) -> tuple[GPTConfig, Params, Tokenizer]:
 def write_run(folder: Path, config: GPTConfig, params: Params, tokenizer: Tokenizer) -> None:
     """A new run that has made no step: the weights, and an optimizer that has seen nothing. Raises UserError, OSError.
 
-    There is no best/: nothing has been measured. The recipe is one for fine-tuning, a rate low and constant.
+    There is no best/: nothing has been measured. The recipe is one for fine-tuning, a rate low and constant: a trainer's
+    --resume takes it, with whatever text is to be learned from.
     """
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(f"the tokenizer has {tokenizer.vocab_size} tokens, more than the model's {config.vocab_size}")
@@ -127,9 +128,6 @@ def write_run(folder: Path, config: GPTConfig, params: Params, tokenizer: Tokeni
         save_checkpoint(new, "last", Checkpoint(params, m, v, state), config)
         write_config(new, RunConfig("numpy", "gpt2", NO_CORPUS, config, recipe, []))
         put_in_place(new, folder)
-
-
-NO_CORPUS = ""  # the corpus_sha256 of a run that was not trained here
 
 
 @contextmanager

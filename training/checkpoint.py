@@ -2,8 +2,8 @@
 
 A checkpoint is a folder, last/ or best/, of three files that belong together:
 
-    model.safetensors        the weights
-    optimizer.safetensors    AdamW's moments, m.<name> and v.<name>
+    model.safetensors        the weights; in best/ their running average, if the run keeps one: what was evaluated
+    optimizer.safetensors    AdamW's moments, m.<name> and v.<name>; and that average, ema.<name>
     state.json               the step and what else a run goes on with; the model's sizes; the SHA-256 of its other
                              files, of the run's tokenizer.json, and of itself
 
@@ -24,8 +24,10 @@ Safetensors hold numbers and JSON holds text: no file can make this program run 
 import hashlib
 import json
 import math
+import mmap
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TypeVar
@@ -46,6 +48,7 @@ __all__ = [
     "read_json",
     "recover",
     "save_checkpoint",
+    "save_checkpoints",
 ]
 
 MODEL, OPTIMIZER, STATE, TOKENIZER = "model.safetensors", "optimizer.safetensors", "state.json", "tokenizer.json"
@@ -91,6 +94,7 @@ class Checkpoint:
     m: Params
     v: Params
     state: State
+    average: Params | None = None  # of the weights, if the run keeps it
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -103,18 +107,32 @@ def save_checkpoint(run: Path, name: str, checkpoint: Checkpoint, config: GPTCon
     Raises OSError as any write does, and ValueError for numbers that are not finite, which no one could load. Then the
     checkpoint that was there still is.
     """
+    save_checkpoints(run, [name], checkpoint, config)
+
+
+def save_checkpoints(run: Path, names: Sequence[str], checkpoint: Checkpoint, config: GPTConfig) -> None:
+    """save_checkpoint for each name in turn, with what they have in common made ready once."""
     from safetensors.numpy import save  # here: it takes longer to load than --help may take
 
-    moments = {f"m.{k}": a for k, a in checkpoint.m.items()} | {f"v.{k}": a for k, a in checkpoint.v.items()}
+    kinds = {"m": checkpoint.m, "v": checkpoint.v, "ema": checkpoint.average or {}}
+    moments = {f"{kind}.{name}": array for kind, arrays in kinds.items() for name, array in arrays.items()}
     for tensor, array in (checkpoint.weights | moments).items():
         if not np.isfinite(array).all():
             raise ValueError(f"not finite: {tensor}")
-    content = {MODEL: save(checkpoint.weights), OPTIMIZER: save(moments)}
-    hashes = {file: sha256(data) for file, data in content.items()}
-    hashes[TOKENIZER] = sha256((run / TOKENIZER).read_bytes())
-    state = asdict(checkpoint.state) | {"model": asdict(config), "files": hashes}
-    content[STATE] = json.dumps(state | {"sha256": sha256(canonical(state))}, indent=2).encode()
+    content = {OPTIMIZER: save(moments)}
+    hashes = {OPTIMIZER: sha256(content[OPTIMIZER]), TOKENIZER: sha256((run / TOKENIZER).read_bytes())}
+    for name in names:
+        averaged = name == "best" and checkpoint.average is not None
+        if MODEL not in content or averaged:
+            content[MODEL] = save(checkpoint.average if averaged else checkpoint.weights)
+            hashes[MODEL] = sha256(content[MODEL])
+        state = asdict(checkpoint.state) | {"model": asdict(config), "files": hashes}
+        content[STATE] = json.dumps(state | {"sha256": sha256(canonical(state))}, indent=2).encode()
+        put_in_place(run, name, content)
 
+
+def put_in_place(run: Path, name: str, content: dict[str, bytes]) -> None:
+    """Make run/<name> a folder of these files, as told above. Raises OSError; then what was there still is."""
     new, old = run / f"{name}.new", run / f"{name}.old"
     try:
         remove(new)
@@ -167,7 +185,7 @@ def remove(folder: Path) -> None:
         shutil.rmtree(folder)
 
 
-def sha256(content: bytes) -> str:
+def sha256(content: bytes | mmap.mmap) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
@@ -194,19 +212,24 @@ def load_checkpoint(folder: Path, config: GPTConfig, dtype: type) -> Checkpoint:
     shapes = param_shapes(config)
     weights = read_tensors(folder / MODEL, shapes, hashes[MODEL], dtype)
     moment_shapes = {f"{moment}.{name}": shape for moment in "mv" for name, shape in shapes.items()}
-    moments = read_tensors(folder / OPTIMIZER, moment_shapes, hashes[OPTIMIZER], dtype)
+    average_shapes = {f"ema.{name}": shape for name, shape in shapes.items()}
+    moments = read_tensors(folder / OPTIMIZER, moment_shapes, hashes[OPTIMIZER], dtype, optional=average_shapes)
     m = {name: moments[f"m.{name}"] for name in shapes}
     v = {name: moments[f"v.{name}"] for name in shapes}
+    average = {name: moments[f"ema.{name}"] for name in shapes} if len(moments) > len(moment_shapes) else None
     for name, second_moment in v.items():
         if (second_moment < 0).any():
             raise UserError(f"{folder / OPTIMIZER}: v.{name} has negative entries, which no mean of squares has")
-    return Checkpoint(weights, m, v, state)
+    return Checkpoint(weights, m, v, state, average)
 
 
 def load_weights(folder: Path, config: GPTConfig) -> Params:
-    """The weights of a checkpoint, whatever its dtype. Raises UserError."""
+    """The weights of a checkpoint, whatever its dtype, mapped from their file: read-only, and no memory of their own.
+
+    Raises UserError.
+    """
     _, hashes = load_state(folder, config)
-    return read_tensors(folder / MODEL, param_shapes(config), hashes[MODEL], None)
+    return read_tensors(folder / MODEL, param_shapes(config), hashes[MODEL], None, mapped=True)
 
 
 def load_state(folder: Path, config: GPTConfig) -> tuple[State, dict[str, str]]:
@@ -230,16 +253,21 @@ def load_state(folder: Path, config: GPTConfig) -> tuple[State, dict[str, str]]:
     return state, hashes
 
 
-def read_tensors(path: Path, shapes: dict[str, tuple[int, ...]], expected_hash: str, dtype: type | None) -> Params:
+def read_tensors(
+    path: Path, shapes: dict[str, tuple[int, ...]], expected_hash: str, dtype: type | None, mapped: bool = False
+) -> Params:
     """The tensors of a safetensors file that must have exactly these names and shapes, all of one dtype.
 
-    dtype: the one they must have, or None for float32 or float64. Raises UserError that names the file and the tensor.
+    dtype: the one they must have, or None for float32 or float64
+    mapped: leave them in the file, as read-only arrays, in place of copying them
+
+    Raises UserError that names the file and the tensor.
     """
-    from safetensors import SafetensorError
+    from safetensors import SafetensorError, safe_open
     from safetensors.numpy import load
 
     needed = sum(math.prod(shape) for shape in shapes.values()) * 8 + MAX_HEADER_BYTES
-    content = read_measured(path, "the tensors of this model", needed)
+    content = read_measured(path, "the tensors of this model", needed, mapped)
     header = read_header(path, content)
     for name in [*shapes, *header]:
         if name not in header or name not in shapes:
@@ -253,7 +281,12 @@ def read_tensors(path: Path, shapes: dict[str, tuple[int, ...]], expected_hash: 
             raise UserError(f"{path}: {name} must have dtype {expected}, got {shorten(header[name].get('dtype'))}")
     check_hash(path, content, expected_hash)
     try:
-        tensors = load(content)
+        if mapped:
+            with safe_open(path, "numpy"):  # which checks where each tensor is said to be
+                start = 8 + int.from_bytes(content[:8], "little")
+            tensors = {name: view(content, start, header[name]) for name in shapes}
+        else:
+            tensors = load(content)
     except SafetensorError as error:
         raise UserError(f"{path}: {error}") from error
     for name in shapes:
@@ -262,7 +295,13 @@ def read_tensors(path: Path, shapes: dict[str, tuple[int, ...]], expected_hash: 
     return {name: tensors[name] for name in shapes}
 
 
-def read_header(path: Path, content: bytes) -> dict[str, dict]:
+def view(content: mmap.mmap, start: int, entry: dict) -> np.ndarray:
+    """A tensor where it lies in a mapped file, by its entry in the header; offsets count from start."""
+    shape, offset = entry["shape"], start + entry["data_offsets"][0]
+    return np.frombuffer(content, DTYPES[entry["dtype"]], math.prod(shape), offset).reshape(shape)
+
+
+def read_header(path: Path, content: bytes | mmap.mmap) -> dict[str, dict]:
     """What a safetensors file says about each of its tensors. Raises UserError."""
     length = int.from_bytes(content[:8], "little")
     if len(content) < 8 or length > len(content) - 8:
@@ -277,7 +316,7 @@ def read_header(path: Path, content: bytes) -> dict[str, dict]:
     return header
 
 
-def check_hash(path: Path, content: bytes, expected: str) -> None:
+def check_hash(path: Path, content: bytes | mmap.mmap, expected: str) -> None:
     """Raises UserError unless the content of a file is what it was when the checkpoint was saved."""
     if sha256(content) != expected:
         raise UserError(f"{path}: its SHA-256 is not the one in {STATE}; the file is damaged, or of another checkpoint")
@@ -288,11 +327,14 @@ def read_json(path: Path) -> dict:
     return parse_json(path, read_measured(path, "a JSON file of a run", MAX_JSON_BYTES))
 
 
-def read_measured(path: Path, expected: str, max_bytes: int) -> bytes:
-    """All bytes of a regular file, measured before anything is allocated for them. Raises UserError."""
+def read_measured(path: Path, expected: str, max_bytes: int, mapped: bool = False) -> bytes | mmap.mmap:
+    """All bytes of a regular file, measured before anything is allocated for them, or mapped. Raises UserError."""
     size = path.stat().st_size if path.is_file() else 0
     if size > max_bytes:
         raise UserError(f"{path} has {size:,} bytes, more than {max_bytes:,}: expected {expected}")
+    if mapped and size:
+        with path.open("rb") as file:
+            return mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
     return read_bytes(path, expected, max_bytes=size)
 
 

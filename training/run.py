@@ -46,6 +46,7 @@ __all__ = ["METRICS", "PICTURE", "Run", "RunConfig", "open_run", "read_config"]
 CONFIG, METRICS, PICTURE, LOCK = "config.json", "metrics.jsonl", "loss.png", "lock"
 CHECKPOINTS = ("last", "best")
 FIXED = ("seed", "batch_size", "tokenizer", "bpe_vocab_size")  # what a resumed run cannot change, besides the model
+NO_CORPUS = ""  # the corpus_sha256 of a run whose weights were imported, and that has learned from nothing yet
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class RunConfig:
 
     engine: str  # numpy or torch, whichever trained last
     preset: str
-    corpus_sha256: str
+    corpus_sha256: str  # or NO_CORPUS
     model: GPTConfig
     training: TrainConfig
     changes: list[dict]  # one for each resumption that changed something: {"step": 200, "max_steps": [200, 400]}
@@ -129,19 +130,25 @@ def begin_run(folder: Path, flags: Flags, engine: str) -> Run:
 
 
 def resume_run(folder: Path, config: RunConfig, flags: Flags, engine: str) -> Run:
-    """Check what the flags change, load the newest checkpoint, and forget what was measured after it."""
+    """Check what the flags change, load the newest checkpoint, and forget what was measured after it.
+
+    A run with imported weights begins here: it takes whatever corpus, seed and batch size the flags say.
+    """
     from data.corpus import load_corpus
 
     tokenizer = load(folder / TOKENIZER)
-    model, training = flags.model.gpt_config(tokenizer.vocab_size), flags.training
+    begins = config.corpus_sha256 == NO_CORPUS
+    corpus = load_corpus(flags.training.data)
+    training = dataclasses.replace(flags.training, data=corpus.name) if begins else flags.training
+    model = flags.model.gpt_config(tokenizer.vocab_size)
     changes = changed({"engine": config.engine}, {"engine": engine})
     changes |= changed(asdict(config.model), asdict(model)) | changed(asdict(config.training), asdict(training))
     for name, (before, after) in changes.items():
         precision = name == "dtype" and "float64" in (before, after)  # bfloat16 and float32 keep the same weights
-        if precision or name in FIXED or (name in asdict(model) and name != "dropout"):
+        fixed = name in FIXED and not (begins and name in ("seed", "batch_size"))
+        if precision or fixed or (name in asdict(model) and name != "dropout"):
             raise UserError(f"{name} of a run cannot be changed: {folder} has {before}, not {after}")
-    corpus = load_corpus(training.data)
-    if corpus.sha256 != config.corpus_sha256:
+    if not begins and corpus.sha256 != config.corpus_sha256:
         raise UserError(
             f"{corpus.name} is not the corpus of {folder}: its SHA-256 is {corpus.sha256}, not {config.corpus_sha256}"
         )
