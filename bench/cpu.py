@@ -1,13 +1,17 @@
 """How fast is plain NumPy? Measures training steps and generation of both engines on this machine's CPU.
 
-    python bench/cpu.py                     the table of docs/benchmarks.md
+    python bench/cpu.py                     training steps of small and full, and generation: docs/benchmarks.md
+    python bench/cpu.py --preset small      one of them only
+    python bench/cpu.py --preset gpt2       GPT-2 124M writing, beside torchgpt and transformers: docs/ecosystem.md
     python bench/cpu.py --profile           where the NumPy step's time goes, operation by operation
-    python bench/cpu.py --presets small     one preset only
 
 A step is forward, backward, clipping and AdamW in float32, on random tokens. All contenders run in one process with
 the same number of threads, in turn, round after round; a ratio is the median over the rounds of the ratio within each,
 so that what disturbs the machine disturbs all of them. The floor is the step's matrix products alone, as NumPy's BLAS
 computes them: no program on this BLAS can be faster.
+
+A turn is a few steps in a row, as in training, and their mean counts: what the contender before left in the caches, and
+its threads that still spin for more work, would otherwise be paid by whoever comes next.
 """
 
 import os
@@ -22,6 +26,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -37,6 +42,7 @@ PRESETS = {
     "small": (numpygpt.GPTConfig(65, 64, n_layer=4, n_head=4, n_embd=128, dropout=0.0), 12),
     "full": (numpygpt.GPTConfig(65, 256, n_layer=6, n_head=6, n_embd=384, dropout=0.0), 8),
 }
+STEPS = {"small": 5, "full": 1}  # in a turn: about as long as it takes to compare them calmly
 LR, MAX_NORM = 1e-3, 1.0
 
 
@@ -44,16 +50,14 @@ LR, MAX_NORM = 1e-3, 1.0
 class Options:
     """Measure both engines on this CPU."""
 
-    presets: tuple[str, ...] = ("small", "full")
-    """which of small and full to measure"""
+    preset: Literal["small", "full", "gpt2"] | None = None
+    """what to measure; by default training with small and full, and generation with full"""
     rounds: int = 15
     """rounds, each of which runs every contender once"""
     threads: int = field(default_factory=lambda: os.cpu_count() or 1)
     """threads for every contender"""
     compile: bool = True
     """also measure torch.compile, which first compiles for up to a minute a preset"""
-    generation: bool = True
-    """also measure generation with the full model"""
     profile: bool = False
     """measure nothing but the NumPy step, operation by operation"""
 
@@ -173,12 +177,15 @@ def seconds(function: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def alternate(contenders: dict[str, Callable[[], object]], rounds: int) -> dict[str, np.ndarray]:
-    """Seconds of each contender in each round, (rounds,): all of them once a round, after two rounds to warm up."""
+def alternate(contenders: dict[str, Callable[[], object]], rounds: int, calls: int = 1) -> dict[str, np.ndarray]:
+    """Seconds of a call of each contender in each round, (rounds,): in a round each has one turn, of some calls.
+
+    Two rounds before warm up.
+    """
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for i in tqdm(range(rounds + 2), desc="rounds", leave=False, disable=None):
         for name, function in contenders.items():
-            elapsed = seconds(function)
+            elapsed = seconds(lambda function=function: [function() for _ in range(calls)]) / calls
             if i >= 2:
                 times[name].append(elapsed)
     return {name: np.array(values) for name, values in times.items()}
@@ -225,7 +232,7 @@ def measure_steps(preset: str, options: Options) -> None:
     if options.compile:
         contenders["torchgpt, compiled"] = torch_step(config, B, threads, compiled=True)
     with blas_threads(1):  # the contenders on NumPy bring their own threads
-        times = alternate(contenders, options.rounds)
+        times = alternate(contenders, options.rounds, STEPS[preset])
     with get_context("spawn").Pool(1, maxtasksperchild=1) as pool:  # a process each: the high-water mark never falls
         memory = {
             name: pool.apply(peak_memory, (engine, preset, threads))
@@ -299,10 +306,14 @@ def measure_generation(options: Options) -> None:
         print(f"\nThe cache makes {engine} {ratio(per_token[1], per_token[0])} times as fast within the window.")
 
 
-def profile(preset: str, steps: int = 30) -> None:
-    """Print the milliseconds of one thread's part of a step by operation: its own time, the minimum over the steps."""
+def profile(preset: str, threads: int, steps: int = 30) -> None:
+    """Print the milliseconds of one thread's part of a step by operation: its own time, the minimum over the steps.
+
+    And beside their sum what a step of the whole batch takes, whose parts wait for each other and for Python's lock.
+    """
     config, B = PRESETS[preset]
-    B //= 2
+    whole = numpy_step(config, B, threads)
+    B //= threads
     idx, targets = random_batch(config, B)
     spent: dict[str, float] = {}
     children: list[float] = [0.0]
@@ -339,25 +350,33 @@ def profile(preset: str, steps: int = 30) -> None:
     finally:
         for name, function in originals.items():
             setattr(numpygpt, name, function)
+    with blas_threads(1):
+        together = min(seconds(whole) for _ in range(steps))
 
     total = sum(best.values())
-    print(f"\n### {preset}: one thread's part of a step, B {B} of {2 * B}\n\n| operation | ms | share |\n|---|---|---|")
+    print(f"\n### {preset}: one thread's part of a step, B {B}\n\n| operation | ms | share |\n|---|---|---|")
     for name, value in sorted(best.items(), key=lambda item: -item[1]):
         print(f"| {name} | {value * 1e3:.2f} | {value / total:.1%} |")
     print(f"| all of it | {total * 1e3:.2f} | 100% |")
     print(f"| the matrix products alone | {floor * 1e3:.2f} | {floor / total:.1%} |")
+    print(f"| the whole step, {threads} such parts side by side | {together * 1e3:.2f} | {together / total:.1%} |")
 
 
 def main() -> int:
     """The command line; returns the exit status."""
     options = parse(Options, "bench/cpu.py", None)
     print(f"NumPy {np.__version__}, {options.threads} threads, {options.rounds} rounds")
-    for preset in options.presets:
+    if options.preset == "gpt2":
+        from bench.gpt2 import measure_gpt2  # here: it needs transformers, and this module's functions
+
+        measure_gpt2(options.rounds, options.threads)
+        return 0
+    for preset in PRESETS if options.preset is None else [options.preset]:
         if options.profile:
-            profile(preset)
+            profile(preset, options.threads)
         else:
             measure_steps(preset, options)
-    if options.generation and not options.profile:
+    if not options.profile and options.preset != "small":
         measure_generation(options)
     return 0
 
