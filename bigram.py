@@ -147,6 +147,8 @@ def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     import tyro  # here: whoever imports bigram_loss needs no command line
 
+    from training.command import parse, run_program
+
     def arguments(
         data: Annotated[str | None, tyro.conf.arg(metavar="NAME|FILE")] = None,
         alpha: float = ALPHA,
@@ -161,12 +163,11 @@ def main(argv: list[str] | None = None) -> int:
         """
         return data, alpha, steps
 
-    try:
-        report(*tyro.cli(arguments, prog="python bigram.py", args=argv))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    def program() -> int:
+        report(*parse(arguments, "python bigram.py", argv))
+        return 0
+
+    return run_program(program)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ trained again; one that was interrupted goes on.
 import io
 import math
 import os
+import platform
 import shlex
 import statistics
 import sys
@@ -308,10 +309,12 @@ def write_page(
         "**The same characters in fewer steps** means fewer updates, each from as many tokens. The recipe is the one "
         f"that was found for characters: the same peak rate, the same {first.run.training.warmup_steps} steps of "
         "warm-up, and a decay that ends with the run.",
-        f"**Speed** is that of the {ENGINES[options.engine]} engine on a CPU with {os.cpu_count()} threads, all "
-        f"contenders in turn in one process, {options.rounds} rounds of them. Training counts the updates alone, in "
-        f"float32. Generation is that of the samples below, of {SAMPLE_CHARS} characters, token after token in float64 "
-        "as sample.py computes; once the window is full, each token costs the whole window.",
+        f"**Speed** is that of the {ENGINES[options.engine]} engine with {os.cpu_count()} threads on {cpu_name()}, "
+        f"NumPy {np.__version__}, all contenders in turn in one process, {options.rounds} rounds of them. Only the "
+        "ratios count: the machine may have had other work to do, so characters per second do not compare with those "
+        "of other pages. Training counts the updates alone, in float32. Generation is that of the samples below, of "
+        f"{SAMPLE_CHARS} characters, token after token in float64 as sample.py computes; once the window is full, "
+        "each token costs the whole window.",
     ]
     picture = (
         "![Bits per character on the validation split, one line for each tokenizer: left over the characters learned "
@@ -334,6 +337,16 @@ def write_page(
     for result, text in zip(results, samples, strict=True):
         parts += [f"### {result.name}", f"```text\n{text.strip()}\n```"]
     return "\n\n".join(parts) + "\n"
+
+
+def cpu_name() -> str:
+    """What this machine's processor calls itself."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return next(iter(names), platform.processor() or "an unnamed CPU")
 
 
 def findings(results: Sequence[Result], training: Sequence[Speed], generation: Sequence[Speed]) -> list[str]:

@@ -1,21 +1,36 @@
 """Measure how far the engines are apart, and write it down: docs/parity.md and docs/parity.png.
 
-    python -m tests.report [EXAMPLES]
+    python -m tests.report
+    python -m tests.report --only-mutants       the list of mutants anew, and nothing measured
 
-Runs the suite's own parity tests over so many random models, 200 if nothing is said, and reports the largest error that
-each tensor had in any of them. What the tests allow stands beside it.
+Runs the suite's own parity tests over many random models, and reports the largest error that each tensor had in any of
+them. What the tests allow stands beside it.
 """
 
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from textwrap import fill
 
 import numpy as np
 from hypothesis import settings
 
+from training.command import parse, run_program
+
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 
 WAYS = ("direction", "entry")  # of finite differences
+MUTANTS_HEADING = "## Mutants\n"
+
+
+@dataclass(frozen=True)
+class Options:
+    """Measure how far the engines are apart, and write docs/parity.md."""
+
+    examples: int = 200  # random models for each comparison
+    only_mutants: bool = False  # measure nothing: write the list of mutants anew and keep the rest of the page
+
 
 KINDS = [
     "logits",
@@ -104,7 +119,6 @@ def page(measured: dict[str, dict[str, float]], examples: int) -> str:
     import transformers
 
     from tests import test_layers, test_model
-    from tests.mutants.table import MUTANTS
 
     witnesses = {
         "PyTorch, float64": measured["NumPy and PyTorch, float64"],
@@ -147,24 +161,24 @@ def page(measured: dict[str, dict[str, float]], examples: int) -> str:
             ["v at the end", f"{largest(measured, '200 steps, float64: v'):.1e}"],
         ],
     )
-    mutants = table(
-        ["what is wrong", "in", "replaced", "by", "killed by"],
-        [[m.name, f"`{m.file}`", code(m.replaced), code(m.by), f"`{m.killed_by}`"] for m in MUTANTS],
-    ).replace(" ---: |", " --- |")
+    float32 = [measured["float32: NumPy"][kind] / measured["float32: PyTorch"][kind] for kind in KINDS]
     numpy_version, torch_version = np.__version__, torch.__version__.partition("+")[0]
     versions = f"NumPy {numpy_version}, PyTorch {torch_version} and transformers {transformers.__version__}"
-    return f"""# How far the two engines are apart
+    text = f"""# How far the two engines are apart
 
-Written by `python -m tests.report`: {examples} random models a column, with {versions}. An error is the
+Written by `python -m tests.report`: {examples} random models a column, with {versions}; the whole model's finite
+differences are those of two models. An error is the
 largest |actual - expected| / (|expected| + s) over all entries of a tensor and over all examples, where s is the
-tensor's typical size, the root of its mean square. One unit of rounding is 2.2e-16 in float64 and 1.2e-7 in float32.
+tensor's typical size, the root of its mean square. The smallest distance between two numbers near 1 is 2.2e-16 in
+float64 and 1.2e-7 in float32.
 
 ![errors of every tensor, and of the loss over 200 steps of training](parity.png)
 
 ## The whole model
 
 Gradients, and logits and loss, of NumPy's model against a witness. The last two columns compare each engine's float32
-with float64: both round to the same digits. With dropout, PyTorch drops what NumPy dropped.
+with float64. NumPy's rounding is of the same order as PyTorch's: from {min(float32):.1f} to {max(float32):.1f} times,
+tensor by tensor. With dropout, PyTorch drops what NumPy dropped; Hugging Face's model is compared without.
 
 {whole}
 
@@ -189,12 +203,28 @@ Both engines from one seed, with warm-up, cosine, clipping, decay and accumulati
 The bias of the keys has a gradient of exactly 0, as softmax does not see it. AdamW divides by the gradient's size, so
 what is learned there is the rounding of either engine; it changes nothing.
 
-## Mutants
+"""
+    return wrapped(text) + mutants()
 
-{len(MUTANTS)} small bugs. Each is put into the source, and the test that is named here must then fail: `pytest tests -k
-mutant`.
 
-{mutants}
+def wrapped(text: str) -> str:
+    """The page with its paragraphs, but not its headings, tables and pictures, in lines of at most 120 characters."""
+    parts = [part if part.startswith(("#", "|", "!")) else fill(part, 120) for part in text.strip().split("\n\n")]
+    return "\n\n".join(parts) + "\n\n"
+
+
+def mutants() -> str:
+    """The page's last section."""
+    from tests.mutants.table import MUTANTS
+
+    rows = table(
+        ["what is wrong", "in", "replaced", "by", "killed by"],
+        [[m.name, f"`{m.file}`", code(m.replaced), code(m.by), f"`{m.killed_by}`"] for m in MUTANTS],
+    ).replace(" ---: |", " --- |")
+    return f"""{MUTANTS_HEADING}
+`pytest -k mutant` puts each of these {len(MUTANTS)} small bugs into the source. The test that is named must then fail.
+
+{rows}
 """
 
 
@@ -233,15 +263,23 @@ def draw(measured: dict[str, dict[str, float]], differences: dict[str, np.ndarra
     FigureCanvasAgg(figure).print_png(path)
 
 
-def main() -> None:
-    examples = int(sys.argv[1]) if len(sys.argv) > 1 else 200
-    measured, differences = measure(examples), measure_training(200)
-    text = page(measured, examples)
+def main() -> int:
+    """The command line; returns the exit status."""
+    options = parse(Options, "python -m tests.report", None)
+    path = DOCS / "parity.md"
+    if options.only_mutants:
+        measured_part = path.read_text(encoding="utf-8").partition(MUTANTS_HEADING)[0]
+        path.write_text(measured_part + mutants(), encoding="utf-8")
+        print("written: the mutants of docs/parity.md")
+        return 0
+    measured, differences = measure(options.examples), measure_training(200)
+    text = page(measured, options.examples)
     draw(measured, differences, DOCS / "parity.png")
-    (DOCS / "parity.md").write_text(text, encoding="utf-8")
-    print(text[: text.index("## Mutants")])
+    path.write_text(text, encoding="utf-8")
+    print(text.partition(MUTANTS_HEADING)[0])
     print("written: docs/parity.md, docs/parity.png")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program(main))

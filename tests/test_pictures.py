@@ -15,6 +15,7 @@ from data import UserError
 from tests.helpers import ROOT
 from tests.runs import start, write_text
 from tools import pictures, trace
+from training.metrics import read_metrics
 
 PAGE = (ROOT / "docs" / "pictures.md").read_text(encoding="utf-8")
 PROMPT = "What is the crown"
@@ -72,6 +73,17 @@ def test_attention_is_what_the_engine_computed(run: Path, monkeypatch: pytest.Mo
         assert not drawn[..., ~np.tri(len(PROMPT) - 1, dtype=bool)].any()
         np.testing.assert_allclose(drawn.sum(axis=-1), 1, rtol=1e-12)
     np.testing.assert_array_equal(subject.trace.forward["logits"], logits)
+
+
+def test_the_first_updates_are_those_of_the_run(run: Path) -> None:
+    """A failure: first_steps.png shows another training than the run's own."""
+    subject = pictures.load_subject(run, PROMPT)
+    norms = pictures.first_norms(subject)
+    assert norms.keys() == subject.weights.keys()
+    drawn = np.linalg.norm(list(norms.values()), axis=0)  # of the whole gradient, for each update
+    logged = [line["grad_norm"] for line in read_metrics(run / "metrics.jsonl") if "grad_norm" in line]
+    assert len(logged) == subject.training.max_steps
+    np.testing.assert_allclose(drawn, logged, rtol=1e-5)
 
 
 def test_without_a_prompt_the_validation_text_is_drawn(run: Path) -> None:

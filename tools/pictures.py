@@ -6,6 +6,7 @@
     attention.png         the attention weights of every head on the prompt
     mask.png              what the causal mask does to the scores of one head, and what is never computed
     gradients.png         the gradient's norm in every tensor, for one batch, before training and after
+    first_steps.png       the gradient's norm in every tensor over the first updates of training, which are made again
     grad_norm.png         the norm of the whole gradient over the steps of training
     probabilities.png     what the model expects next, along the prompt, and how surprised it is
     sampling.png          what temperature and top-k do to the distribution after the prompt
@@ -16,6 +17,7 @@ numpygpt.softmax_forward returned while the model ran, and the frequencies of sa
 """
 
 import io
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,12 +31,12 @@ import numpygpt
 from data import UserError, write_atomically
 from data.corpus import load_corpus
 from data.tokenizers import Tokenizer
-from numpygpt import GPT, GPTConfig, Params
+from numpygpt import GPT, AdamW, GPTConfig, Params, clip_grad_norm
 from sample import load_run
 from tools.trace import Trace, trace_numpy
-from training.batches import Batches
+from training.batches import Batches, step_rng
 from training.command import parse, run_program
-from training.config import TrainConfig
+from training.config import TrainConfig, learning_rate
 from training.metrics import read_metrics
 from training.run import METRICS, read_config
 
@@ -45,7 +47,9 @@ if TYPE_CHECKING:
 MAX_LABELLED = 600  # tokens that embedding.png writes out; of a larger vocabulary these are the first
 MAX_PROMPT = 40  # tokens that probabilities.png has room for
 MAX_MAP = 20  # tokens of the prompt in attention.png; those before see no others, so their weights are the same
-MAX_BATCH = 12  # sequences in the batch of gradients.png
+MAX_BATCH = 12  # sequences in a batch of gradients.png and first_steps.png
+FIRST_STEPS, MIN_STEPS = 200, 20  # updates in first_steps.png: of a small model, and of a large one
+MAX_WORK = 2e11  # parameters times tokens, over all those updates: about ten seconds
 DRAWS = 100_000  # of numpygpt.sample, for each setting in sampling.png
 VISIBLE = {" ": "␣", "\n": "↵", "\t": "⇥", "\r": "␍"}
 
@@ -226,6 +230,56 @@ def draw_gradients(subject: Subject) -> "Figure":
     return figure
 
 
+def first_norms(subject: Subject) -> dict[str, list[float]]:
+    """The run's first updates once more, with its seed and recipe, in float32 -> {tensor: its gradient's norms}.
+
+    A batch larger than MAX_BATCH is cut to that. The norms are those before clipping.
+    """
+    config, training = subject.config, subject.training
+    batch_size = min(training.batch_size, MAX_BATCH)
+    batches = Batches(subject.train_tokens, config.block_size, batch_size, training.seed)
+    model = GPT(config, seed=training.seed)
+    optimizer = AdamW(model.params, betas=(training.beta1, training.beta2), weight_decay=training.weight_decay)
+    affordable = int(MAX_WORK / (model.num_params() * batch_size * config.block_size))
+    norms: dict[str, list[float]] = {name: [] for name in model.params}
+    for step in range(min(training.max_steps, max(MIN_STEPS, min(FIRST_STEPS, affordable)))):
+        rng = step_rng(training.seed, step, "dropout") if config.dropout else None
+        _, grads = model.loss_and_grads(*batches.at(step), rng=rng)
+        for name, grad in grads.items():
+            norms[name].append(float(np.linalg.norm(grad)))
+        clip_grad_norm(grads, training.grad_clip or math.inf)
+        optimizer.step(grads, learning_rate(step, training))
+    return norms
+
+
+def draw_first_steps(subject: Subject) -> "Figure":
+    """A map of the gradient's norm: a row for every tensor, layers side by side, and a column for every update."""
+    from matplotlib.colors import LogNorm
+
+    norms = first_norms(subject)
+    by_kind: dict[str, list[str]] = {}  # wte.weight -> itself; mlp.c_fc.weight -> that of every layer
+    for name in norms:
+        by_kind.setdefault(name.split(".", 2)[-1] if name[:2] == "h." else name, []).append(name)
+    rows = [name for names in by_kind.values() for name in names]
+    values = np.array([norms[name] for name in rows])
+    figure = new_figure(10, 1.2 + 0.11 * len(rows) + 0.1 * len(by_kind))
+    axes = figure.subplots()
+    low, high = np.percentile(values[values > 0], [1, 99.9])
+    image = axes.imshow(
+        np.maximum(values, 1e-30), cmap="viridis", norm=LogNorm(low, high), aspect="auto", interpolation="nearest"
+    )
+    edges = np.cumsum([0, *map(len, by_kind.values())]) - 0.5
+    axes.set_yticks((edges[:-1] + edges[1:]) / 2, list(by_kind), family="monospace", fontsize=9)
+    axes.tick_params(axis="y", length=0)
+    for edge in edges[1:-1]:
+        axes.axhline(edge, color="white", linewidth=1.5)
+    figure.colorbar(image, ax=axes, label="norm of the gradient", pad=0.01)
+    axes.set_xlabel("update")
+    if subject.config.n_layer > 1:
+        axes.set_title(f"in each band a row for every layer, from 0 (top) to {subject.config.n_layer - 1}", fontsize=11)
+    return figure
+
+
 def draw_grad_norm(subject: Subject) -> "Figure":
     """The norm of the whole gradient at each logged step, before clipping, and where it is clipped."""
     from matplotlib.ticker import LogLocator, NullFormatter
@@ -366,6 +420,7 @@ PICTURES: dict[str, Callable[[Subject], "Figure"]] = {
     "attention": draw_attention,
     "mask": draw_mask,
     "gradients": draw_gradients,
+    "first_steps": draw_first_steps,
     "grad_norm": draw_grad_norm,
     "probabilities": draw_probabilities,
     "sampling": draw_sampling,
