@@ -50,7 +50,7 @@ class Attention(nn.Module):
             att = att.masked_fill(~past_or_self, -math.inf)
             heads = F.dropout(att.softmax(dim=-1), p) @ v
         else:  # a single query is the last token, and may look at all of them; several start from an empty past
-            heads = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=T > 1)
+            heads = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=bool(T > 1))
 
         y = heads.transpose(1, 2).reshape(B, T, C)
         return F.dropout(self.c_proj(y), p)
@@ -97,6 +97,8 @@ class GPT(nn.Module):
         logits: same function, same parameters, but a width that a GPU's tensor cores like (64, say)
     recompute: in training keep only each block's input, and compute the block once more in the backward pass: less
         memory for about a third more time
+    checked: forward looks at ids, targets and logits, for which a GPU must stop each time; False: the caller vouches
+        for the batch and looks at the loss
     """
 
     def __init__(
@@ -108,13 +110,14 @@ class GPT(nn.Module):
         attention: str = "sdpa",
         pad_vocab_to: int = 1,
         recompute: bool = False,
+        checked: bool = True,
     ) -> None:
         super().__init__()
         if dtype not in (torch.float32, torch.float64):
             raise ValueError(f"dtype must be float32 or float64, got {dtype}")
         if attention not in ("sdpa", "explicit"):
             raise ValueError(f"attention must be 'sdpa' or 'explicit', got {attention!r}")
-        self.config, self.recompute = config, recompute
+        self.config, self.recompute, self.checked = config, recompute, checked
         self.vocab_padding = -config.vocab_size % pad_vocab_to
         with torch.device("meta"):  # names and shapes only: the weights follow at once
             self.wte = nn.Embedding(config.vocab_size, config.n_embd)
@@ -132,9 +135,9 @@ class GPT(nn.Module):
         """idx (B, T) integers, targets (B, T) integers or None -> logits (B, T, V), mean loss in nats or None.
 
         Dropout is on in training mode. Raises ValueError on bad ids, targets or weights, as numpygpt does; not inside
-        torch.compile or a CUDA graph, where a check would stop the device: there the caller vouches for the batch.
+        torch.compile, which cannot look at numbers, and not if the model was made with checked=False.
         """
-        checked = not torch.compiler.is_compiling() and not (idx.is_cuda and torch.cuda.is_current_stream_capturing())
+        checked = self.checked and not torch.compiler.is_compiling()
         if checked:
             check_batch(self.config, idx.cpu().numpy(), None if targets is None else targets.cpu().numpy())
         logits = self._logits(idx)
@@ -151,7 +154,8 @@ class GPT(nn.Module):
         x = F.dropout(x, self.config.dropout, self.training)
         for i, block in enumerate(self.h):
             if self.recompute and self.training:
-                x = checkpoint(block, x, use_reentrant=False)
+                # Without dropout there is no generator to set back, which a CUDA graph could not record.
+                x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=self.config.dropout > 0)
             else:
                 x = block(x, None if pasts is None else pasts[i])
         if pasts is not None:

@@ -11,24 +11,25 @@ is measured and kept, is training/loop.py, which train_numpy.py runs just the sa
 """
 
 import argparse
-import dataclasses
 import math
 import os
 import platform
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
 from data import UserError
-from numpygpt import GPTConfig, Params, param_shapes
+from numpygpt import GPTConfig, Params, check_batch, check_ids, param_shapes
 from torchgpt import GPT, without_dropout
 from training.batches import Batch, step_rng
 from training.command import parse_flags, run_program
@@ -65,27 +66,53 @@ class Team:
     size: int = 1
 
 
+class Loss(nn.Module):
+    """The model as training sees it: a loss. If compiled code returned the logits too, the backward pass would have to
+    read a gradient of their size, all of it zeros."""
+
+    def __init__(self, gpt: GPT) -> None:
+        super().__init__()
+        self.gpt = gpt
+
+    def forward(self, idx: Tensor, targets: Tensor) -> Tensor:
+        return self.gpt(idx, targets)[1]
+
+
 class TorchEngine:
     """torchgpt.py's model and PyTorch's AdamW, as training.loop wants them.
 
-    flags: how to compute
+    flags: how to compute; the attribute says how it does now, if something has failed
     team: each of its processes learns from its share of every micro-batch; PyTorch's DistributedDataParallel averages
         the gradients, so all hold the same weights at every step
     """
 
     def __init__(self, model: GPTConfig, training: TrainConfig, flags: DeviceFlags, team: Team = Team()) -> None:
         dtype = torch.float64 if training.dtype == "float64" else torch.float32
-        self.device, self.bfloat16 = torch.device(flags.device), training.dtype == "bfloat16"
-        self.seed, self.grad_clip = training.seed, training.grad_clip or math.inf
+        self.flags, self.device, self.bfloat16 = flags, torch.device(flags.device), training.dtype == "bfloat16"
+        self.seed, self.grad_clip, self.ema = training.seed, training.grad_clip or math.inf, training.ema
         self.team, self.leader = team, team.rank == 0
+        on_cpu = self.device.type == "cpu"
         self.gpt = GPT(
-            model, seed=training.seed, dtype=dtype, pad_vocab_to=64 if flags.pad_vocab else 1, recompute=flags.recompute
+            model,
+            seed=training.seed,
+            dtype=dtype,
+            pad_vocab_to=64 if flags.pad_vocab else 1,
+            recompute=flags.recompute,
+            checked=on_cpu,
         ).to(self.device)
-        self.forward = torch.compile(self.gpt) if flags.compile else self.gpt
+        self.forward = Loss(self.gpt)
+        if flags.compile:
+            # All batches have one shape. A second one, of another model say, must not make it a variable: the fused
+            # attention would refuse that.
+            self.forward = torch.compile(self.forward, dynamic=False)
         if team.size > 1:
             self.forward = DistributedDataParallel(self.forward)
+        # A GPU has room for more than a CPU's cache, up to a quarter of a billion logits (1 GB).
+        at_once = min(65_536, 2**28 // model.vocab_size) // model.block_size
+        self.eval_batch_size = None if on_cpu else max(1, at_once)
 
         named = dict(self.gpt.named_parameters())
+        self.average = {name: param.detach().clone() for name, param in named.items()} if self.ema else {}
         self.decayed = {name: param for name, param in named.items() if param.ndim >= 2}
         self.others = {name: param for name, param in named.items() if param.ndim < 2}
         groups = [
@@ -93,44 +120,57 @@ class TorchEngine:
             {"params": list(self.others.values()), "weight_decay": 0.0},
         ]
         # The rate is a tensor where the step is recorded, or the recording would keep the first step's.
-        lr = torch.tensor(training.learning_rate, device=self.device) if flags.graph else training.learning_rate
-        betas = (training.beta1, training.beta2)
-        self.optimizer = torch.optim.AdamW(groups, lr, betas=betas, eps=1e-8, fused=flags.fused, capturable=flags.graph)
+        self.lr = torch.tensor(training.learning_rate, device=self.device) if flags.graph else None
+        self.optimizer = torch.optim.AdamW(
+            groups,
+            training.learning_rate if self.lr is None else self.lr,
+            betas=(training.beta1, training.beta2),
+            eps=1e-8,
+            fused=flags.fused,
+            capturable=flags.graph,
+        )
         self.update = Recorded(self) if flags.graph else self.update_once
-        self.corpus: Tensor | None = None
+        self.source: np.ndarray | None = None  # what self.corpus is a copy of
 
         # To look at a number on a GPU means to wait for it. So the step notes itself where it is not finite, and from
         # then on the fused kernel leaves weights and moments alone; `check` looks, now and then.
-        self.lazy = flags.fused and self.device.type != "cpu"
+        self.lazy = flags.fused and not on_cpu
         self.step = torch.zeros((), dtype=torch.int64, device=self.device)
         self.broken = torch.full_like(self.step, -1)
 
     def train_step(self, step: int, micro_batches: Sequence[Batch], lr: float) -> tuple[Tensor, Tensor]:
         """Forward, backward, clip, update: see training.loop.Engine."""
-        self.gpt.train()
         # Every process drops its own; the generator takes 64 bits.
-        torch.manual_seed(int(step_rng(self.seed, step, "dropout").integers(2**62)) + self.team.rank)
+        self.dropout_seed = int(step_rng(self.seed, step, "dropout").integers(2**62)) + self.team.rank
         self.step.fill_(step)
+        rate = lr if self.lr is None else self.lr.fill_(lr)
         for group in self.optimizer.param_groups:
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(lr)
-            else:
-                group["lr"] = lr
+            group["lr"] = rate
         self.count = sum(len(ids) * ids.shape[1] for ids, _ in micro_batches)
         batch = [
             self.to_device(ids).tensor_split(self.team.size)[self.team.rank] for pair in micro_batches for ids in pair
         ]
-        try:
-            return self.update(*batch)
-        except Exception as error:
-            if self.team.size > 1 or (self.forward is self.gpt and self.update == self.update_once):
+        while True:
+            torch.manual_seed(self.dropout_seed)
+            try:
+                return self.update(*batch)
+            except UserError:
                 raise
-            # Whatever is not the fault of the compiler or the recorder fails again without them; nothing was updated.
-            reason = (str(error).splitlines() or [""])[0]
-            what = "torch.compile" if self.update == self.update_once else "the CUDA graph"
-            print(f"{what} failed, so on without it: {type(error).__name__}: {reason}", file=sys.stderr)
-            self.forward, self.update = self.gpt, self.update_once
-            return self.update(*batch)
+            except Exception as error:
+                if self.team.size > 1 or not (self.flags.graph or self.flags.compile):
+                    raise
+                self.fall_back(error)
+
+    def fall_back(self, error: Exception) -> None:
+        """After a step that failed, and so updated nothing: give up the CUDA graph, or if there is none, torch.compile.
+
+        Whatever is not the fault of either fails again without them.
+        """
+        if self.flags.graph:
+            what, self.flags, self.update = "the CUDA graph", replace(self.flags, graph=False), self.update_once
+        else:
+            what, self.flags, self.forward = "torch.compile", replace(self.flags, compile=False), Loss(self.gpt)
+        print(f"{what} failed, so on without it: {first_line(error)}", file=sys.stderr)
 
     def update_once(self, *batch: Tensor) -> tuple[Tensor, Tensor]:
         """One step, all of it on the device. batch: idx, targets (B, T) of each micro-batch in turn -> loss, norm.
@@ -143,7 +183,7 @@ class TorchEngine:
         for number, (idx, targets) in enumerate(pairs, start=1):
             with self.gradients_stay_here() if number < len(pairs) else nullcontext():
                 with self.autocast():
-                    _, loss = self.forward(idx, targets)
+                    loss = self.forward(idx, targets)
                 loss = loss * (targets.numel() / self.count)  # so that the parts add up to the mean over all
                 (loss * self.team.size).backward()  # the processes' gradients are averaged, and shall be added
             losses.append(loss.detach())
@@ -159,7 +199,21 @@ class TorchEngine:
             bad = [name for name, param in self.gpt.named_parameters() if not torch.isfinite(param.grad).all()]
             raise ValueError(f"not finite: {f'the gradient of {bad[0]}' if bad else 'the loss, or the norm'}")
         self.optimizer.step()
+        if self.ema:
+            self.follow()
         return loss, norm
+
+    def follow(self) -> None:
+        """Move the average of the weights towards them, see training.loop.Engine.loss."""
+        weights = [param.detach() for param in self.gpt.parameters()]
+        t = self.optimizer.state[self.gpt.wte.weight]["step"].to(weights[0])
+        rate = (9 / (10 + t)).clamp(min=1 - self.ema)  # 1 - d
+        if self.lazy:
+            rate = rate * (self.broken < 0)
+        averages = list(self.average.values())
+        change = torch._foreach_sub(weights, averages)
+        torch._foreach_mul_(change, rate)
+        torch._foreach_add_(averages, change)
 
     def check(self) -> None:
         """Raises ValueError that names the first step that was not finite. Waits for the device."""
@@ -178,16 +232,18 @@ class TorchEngine:
         return self.forward.no_sync() if self.team.size > 1 else nullcontext()
 
     def windows(self, tokens: np.ndarray, starts: np.ndarray, T: int) -> Batch:
-        """The tokens move to the device once, and the windows are gathered there."""
-        if self.corpus is None:
-            self.corpus = torch.from_numpy(np.array(tokens)).to(self.device)
-            self.offsets = torch.arange(T + 1, device=self.device)
-        windows = self.corpus[self.to_device(starts)[:, None] + self.offsets].long()
+        """The tokens are checked and move to the device once, and the windows are gathered there."""
+        if tokens is not self.source:
+            check_ids("the training split", tokens[None], 0, self.gpt.config.vocab_size)
+            self.source, self.corpus = tokens, torch.from_numpy(np.array(tokens)).to(self.device)
+        windows = self.corpus.unfold(0, T + 1, 1)[self.to_device(starts)].long()
         return windows[:, :-1], windows[:, 1:]
 
-    def loss(self, idx: np.ndarray, targets: np.ndarray) -> float:
-        with torch.no_grad(), without_dropout(self.gpt), self.autocast():
-            return self.gpt(self.to_device(idx), self.to_device(targets))[1].item()
+    def loss(self, idx: np.ndarray, targets: np.ndarray) -> Tensor:
+        check_batch(self.gpt.config, idx, targets)
+        batch = self.to_device(idx), self.to_device(targets)
+        with torch.no_grad(), without_dropout(self.gpt), full_precision():
+            return functional_call(self.gpt, self.average, batch)[1]
 
     def to_device(self, ids: np.ndarray | Tensor) -> Tensor:
         return torch.as_tensor(ids).to(self.device, non_blocking=True)
@@ -199,16 +255,18 @@ class TorchEngine:
     def num_params(self) -> int:
         return self.gpt.num_params()
 
-    def save(self) -> tuple[Params, Params, Params, int]:
+    def save(self) -> tuple[Params, Params, Params, int, Params | None]:
         m, v, t = {}, {}, 0
         for name, param in self.gpt.named_parameters():
             state = self.optimizer.state.get(param)  # nothing before the first step
             m[name] = to_numpy(state["exp_avg"] if state else torch.zeros_like(param))
             v[name] = to_numpy(state["exp_avg_sq"] if state else torch.zeros_like(param))
             t = int(state["step"]) if state else 0
-        return {name: to_numpy(param) for name, param in self.gpt.named_parameters()}, m, v, t
+        weights = {name: to_numpy(param) for name, param in self.gpt.named_parameters()}
+        average = {name: to_numpy(tensor) for name, tensor in self.average.items()}
+        return weights, m, v, t, average or None
 
-    def load(self, weights: Params, m: Params, v: Params, t: int) -> None:
+    def load(self, weights: Params, m: Params, v: Params, t: int, average: Params | None = None) -> None:
         self.gpt.load_state_dict({name: torch.from_numpy(weight) for name, weight in weights.items()})
         state = {
             number: {
@@ -219,6 +277,10 @@ class TorchEngine:
             for number, name in enumerate([*self.decayed, *self.others])  # as the groups count them
         }
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        for name, tensor in self.average.items():
+            tensor.copy_(torch.from_numpy((average or weights)[name]))
+        if self.flags.graph:
+            self.update = Recorded(self)  # a recording made before would go on with the moments of before
 
 
 class Recorded:
@@ -242,29 +304,56 @@ class Recorded:
     def record(self, batch: Sequence[Tensor]) -> None:
         """Run the step a few times on the side, so that all is compiled and allocated; record it; undo it all."""
         engine = self.engine
-        tensors = [*engine.gpt.parameters(), engine.broken]
-        tensors += [tensor for state in engine.optimizer.state.values() for tensor in state.values()]
+        moments = [tensor for state in engine.optimizer.state.values() for tensor in state.values()]
+        tensors = [*engine.gpt.parameters(), *engine.average.values(), engine.broken, *moments]
         before = [tensor.detach().clone() for tensor in tensors]
         self.batch = [ids.clone() for ids in batch]
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         try:
-            with torch.cuda.stream(side):
+            # Leaving this stream is left to us: a recording that fails does not.
+            with torch.cuda.stream(side), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
                 for _ in range(3):
                     engine.update_once(*self.batch)
-            torch.cuda.current_stream().wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                self.outputs = engine.update_once(*self.batch)
-            self.graph = graph
+                self.graph = self.captured(side)
         finally:
+            torch.cuda.synchronize()
             with torch.no_grad():
-                if len(before) == 1 + len(list(engine.gpt.parameters())):  # there were no moments yet: zeros
+                if not moments:  # there were none yet: zeros
                     for state in engine.optimizer.state.values():
                         for tensor in state.values():
                             tensor.zero_()
                 for tensor, value in zip(tensors, before, strict=True):
                     tensor.copy_(value)
+        torch.manual_seed(engine.dropout_seed)  # the dropout above was drawn from it
+
+    def captured(self, stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
+        """The graph of one step, which is recorded and not run. Raises UserError if that ends dropout as well."""
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, stream=stream):
+                self.outputs = self.engine.update_once(*self.batch)
+        except Exception as error:
+            if self.engine.gpt.config.dropout > 0 and torch.__version__ < (2, 13):
+                # The generator still believes that it is being recorded, and refuses to draw.
+                raise UserError(
+                    "the CUDA graph failed, and before PyTorch 2.13 there is no dropout after that: choose --no-graph "
+                    f"({first_line(error)})"
+                ) from error
+            raise
+        return graph
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """float32 products without TF32 inside, so that the loss reported is the one that any engine finds."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
 
 
 def to_numpy(tensor: Tensor) -> np.ndarray:
@@ -286,16 +375,28 @@ def device_defaults(argv: Sequence[str] | None, team: Team) -> DeviceFlags:
     return DeviceFlags(kind, cuda and platform.system() != "Windows", cuda and team.size == 1, pad_vocab=cuda)
 
 
-def choose_dtype(flags: TorchFlags) -> TorchFlags:
-    """The flags with dtype decided. Raises UserError for combinations that cannot be."""
-    cuda, dtype = flags.device.device == "cuda", flags.training.dtype
-    if dtype == "auto":
-        dtype = "bfloat16" if cuda and torch.cuda.is_bf16_supported() else "float32"
-    if dtype == "float64" and flags.device.device == "mps":
+def settle(flags: TorchFlags, team: Team) -> TorchFlags:
+    """The flags with what depends on several of them decided. Raises UserError for combinations that cannot be."""
+    device, dtype = flags.device, flags.training.dtype
+    cuda = device.device == "cuda"
+    if dtype == "auto":  # bfloat16 can be emulated, but that is slow
+        native = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+        dtype = "bfloat16" if native else "float32"
+    if dtype == "float64" and device.device == "mps":
         raise UserError("device mps has no float64: choose --dtype float32 or --device cpu")
-    if flags.device.graph and not (cuda and flags.device.fused):
+    if device.graph and not (cuda and device.fused):
         raise UserError("--graph records the work of a CUDA GPU with a fused AdamW: choose --no-graph")
-    return dataclasses.replace(flags, training=dataclasses.replace(flags.training, dtype=dtype))
+    if device.graph and team.size > 1:
+        raise UserError(f"--graph records the work of one process, not of {team.size}: choose --no-graph")
+    without = []
+    if device.graph and dtype == "float64":
+        device, without = replace(device, graph=False), ["float64 goes without a CUDA graph"]
+    if device.recompute and flags.model.dropout > 0 and (device.graph or device.compile):
+        device = replace(device, graph=False, compile=False)
+        without.append("recomputed dropout goes without a CUDA graph and torch.compile")
+    if without and team.rank == 0:
+        print("; ".join(without), file=sys.stderr)
+    return replace(flags, device=device, training=replace(flags.training, dtype=dtype))
 
 
 def describe(run: Run, flags: DeviceFlags, team: Team) -> None:
@@ -327,7 +428,8 @@ def check_memory(run: Run, flags: DeviceFlags, team: Team) -> None:
     if flags.device != "cpu" or not hasattr(os, "sysconf"):
         return
     model, size = run.model, 8 if run.training.dtype == "float64" else 4
-    state = 4 * sum(math.prod(shape) for shape in param_shapes(model).values())  # weights, gradients, both moments
+    copies = 4 + (run.training.ema > 0)  # weights, gradients, both moments, the average
+    state = copies * sum(math.prod(shape) for shape in param_shapes(model).values())
     rows = -(-run.training.batch_size // run.training.grad_accum) * model.block_size
     # What the backward pass needs of each block: some 16 arrays of C channels; and three of the logits' size.
     kept = 1 if flags.recompute else 16 * model.n_layer
@@ -386,7 +488,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         flags = parse_flags(
             argv, TorchFlags, "train_torch.py", preset="full", description=__doc__.split("\n")[0], **groups
         )
-        flags = choose_dtype(flags)
+        flags = settle(flags, team)
         if flags.training.batch_size // flags.training.grad_accum < team.size:
             raise UserError(
                 f"each of the {team.size} processes needs a sequence of every micro-batch: batch_size "
@@ -420,11 +522,15 @@ def explained(error: RuntimeError, team: Team) -> Exception:
             "the device is full: more --grad-accum, a lower --batch-size or --block-size, or --recompute"
         )
     if team.size > 1:
-        reason = (str(error).splitlines() or [""])[0]
         return UserError(
-            f"process {team.rank} of {team.size} lost the others, and stops; what was saved stays ({reason})"
+            f"process {team.rank} of {team.size} lost the others, and stops; what was saved stays ({first_line(error)})"
         )
     return error
+
+
+def first_line(error: Exception) -> str:
+    """What kind of error it is, and the beginning of what it says."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 if __name__ == "__main__":

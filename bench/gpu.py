@@ -5,17 +5,21 @@
     python bench/gpu.py --no-to-loss             without the whole training run
     python bench/gpu.py --device cpu --presets tiny --no-to-loss    the same program where there is no GPU: a smoke test
 
-A step is one update of the preset's batch. All contenders run in one process, in turn, round after round; a ratio is
-the median over the rounds of the ratio within each. "plain loop" is what most people write: batches gathered on the
+A step is one update of the preset's batch. "plain loop, compiled" is what most people write: batches gathered on the
 host and copied from pinned memory, autocast, torch.compile of the model, fused AdamW, the loss read back every ten
-steps. The others are train_torch.py's own engine with its flags.
+steps; "plain loop, eager" is the same without torch.compile. The others are train_torch.py's own engine with its flags.
+Each contender takes turns with the compiled plain loop, in one process, round after round; a ratio is the median over
+the rounds of the ratio within each. A contender that fails, or has to do without what its name says, has no numbers.
 """
 
+import gc
+import math
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -24,11 +28,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data.corpus import load_corpus
+from data import UserError
+from data.corpus import Corpus, load_corpus
 from data.tokenizers import CharTokenizer
 from numpygpt import GPTConfig
 from torchgpt import GPT
-from train_torch import DeviceFlags, TorchEngine, flops_per_token
+from train_torch import DeviceFlags, TorchEngine, first_line, flops_per_token
 from training.batches import Batches
 from training.command import parse, run_program
 from training.config import PRESETS, TrainConfig, learning_rate
@@ -52,8 +57,8 @@ class Options:
 
     presets: tuple[Literal["tiny", "small", "full", "gpt2"], ...] = ("full", "gpt2")  # which to measure
     device: Literal["cuda", "cpu"] = "cuda"  # cpu only to see that the program runs
-    rounds: int = 5  # rounds, each of which runs every contender once
-    steps: int = 20  # updates of each contender in a round
+    rounds: int = 5  # turns that each contender takes with the compiled plain loop
+    steps: int = 20  # updates of either in a turn
     to_loss: bool = True  # also train the full model until its whole-split validation loss is nanoGPT's
 
 
@@ -64,6 +69,7 @@ class Options:
 def engine_updates(
     model: GPTConfig, training: TrainConfig, flags: DeviceFlags, tokens: np.ndarray
 ) -> Callable[[int], None]:
+    """train_torch.py's engine. Raises UserError if it had to do without any of its flags."""
     engine = TorchEngine(model, training, flags)
     batches = Batches(tokens, model.block_size, training.batch_size, 1)
     batches.read = engine.windows
@@ -73,14 +79,28 @@ def engine_updates(
         nonlocal done
         for step in range(done, done + n):
             loss, _ = engine.train_step(step, [batches.at(step)], learning_rate(step, training))
+            if step % 10 == 0:
+                loss.item()
         loss.item()  # wait for all of it
         done += n
+        check_flags(engine, flags)
 
     return update
 
 
-def plain_updates(model: GPTConfig, training: TrainConfig, device: str, tokens: np.ndarray) -> Callable[[int], None]:
-    gpt = torch.compile(GPT(model).to(device).train())
+def check_flags(engine: TorchEngine, flags: DeviceFlags) -> None:
+    """Raises UserError if the engine had to do without any of its flags: then its speed is another's."""
+    if engine.flags != flags:
+        raise UserError("it went on without the CUDA graph or torch.compile")
+
+
+def plain_updates(
+    model: GPTConfig, training: TrainConfig, device: str, tokens: np.ndarray, *, compiled: bool
+) -> Callable[[int], None]:
+    """The plain loop. As in nanoGPT, a large vocabulary is padded."""
+    gpt = GPT(model, pad_vocab_to=64 if model.vocab_size > 1000 else 1, checked=False).to(device).train()
+    if compiled:
+        gpt = torch.compile(gpt, dynamic=False)
     decayed = [p for p in gpt.parameters() if p.ndim >= 2]
     groups = [{"params": decayed}, {"params": [p for p in gpt.parameters() if p.ndim < 2], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.1, fused=True)
@@ -104,6 +124,7 @@ def plain_updates(model: GPTConfig, training: TrainConfig, device: str, tokens: 
             optimizer.zero_grad(set_to_none=True)
             if step % 10 == 0:
                 loss.item()
+        loss.item()  # wait for all of it
         if device == "cuda":
             torch.cuda.synchronize()
         done += n
@@ -115,97 +136,123 @@ def plain_updates(model: GPTConfig, training: TrainConfig, device: str, tokens: 
 # Measuring
 
 
-def prepare(preset: str) -> tuple[GPTConfig, TrainConfig, np.ndarray]:
+def prepare(preset: str, corpus: Corpus) -> tuple[GPTConfig, TrainConfig, np.ndarray]:
     """Model, recipe and tokens; for gpt2 random tokens, since speed does not depend on which they are."""
     training = replace(PRESETS[preset].training, grad_accum=1)
     if preset == "gpt2":
         training = replace(training, batch_size=MICRO_BATCH[preset])
         return PRESETS[preset].model.gpt_config(50257), training, np.random.default_rng(0).integers(50257, size=10**6)
-    corpus = load_corpus()
     tokenizer = CharTokenizer.from_text(corpus.text)
     return PRESETS[preset].model.gpt_config(tokenizer.vocab_size), training, tokenizer.encode(corpus.train_text)
 
 
-def measure(preset: str, options: Options) -> None:
-    """Print a table: tokens/s, ms/step, memory and MFU of every contender."""
-    model, training, tokens = prepare(preset)
-    device, cuda = options.device, options.device == "cuda"
+def contenders(
+    preset: str, model: GPTConfig, training: TrainConfig, device: str, tokens: np.ndarray
+) -> dict[str, Callable[[], Callable[[int], None]]]:
+    """What makes each, by name."""
+    cuda = device == "cuda"
     eager = DeviceFlags(device, compile=False, graph=False, pad_vocab=cuda)
-    float32, bfloat16 = replace(training, dtype="float32"), replace(training, dtype="bfloat16")
-    makers = {
-        "plain loop, bfloat16": lambda: plain_updates(model, training, device, tokens),
-        "eager, float32": lambda: engine_updates(model, float32, eager, tokens),
-        "eager, bfloat16": lambda: engine_updates(model, bfloat16, eager, tokens),
-        "compiled, float32": lambda: engine_updates(model, float32, replace(eager, compile=True), tokens),
-        "compiled, bfloat16": lambda: engine_updates(model, bfloat16, replace(eager, compile=True), tokens),
-    }
+    modes = {"eager": eager, "compiled": replace(eager, compile=True)}
     if cuda:
-        captured = replace(eager, compile=True, graph=True)
-        makers["captured, float32"] = lambda: engine_updates(model, float32, captured, tokens)
-        makers["captured, bfloat16"] = lambda: engine_updates(model, bfloat16, captured, tokens)
+        modes["captured"] = replace(eager, compile=True, graph=True)
+    makers = {
+        f"plain loop, {mode}, bfloat16": partial(
+            plain_updates, model, training, device, tokens, compiled=mode == "compiled"
+        )
+        for mode in ("compiled", "eager")
+    }
+    for mode, flags in modes.items():
+        for dtype in ("bfloat16",) if preset == "gpt2" else ("float32", "bfloat16"):
+            makers[f"{mode}, {dtype}"] = partial(engine_updates, model, replace(training, dtype=dtype), flags, tokens)
+    return makers
 
-    updates, memory, first = {}, {}, {}
-    for name, make in makers.items():
-        if cuda:
-            torch.cuda.reset_peak_memory_stats()
-        before, start = torch.cuda.memory_allocated() if cuda else 0, time.perf_counter()
-        updates[name] = make()
-        updates[name](3)  # compiles, records, allocates
-        first[name] = time.perf_counter() - start
-        memory[name] = (torch.cuda.max_memory_allocated() - before) / 2**20 if cuda else float("nan")
-    times: dict[str, list[float]] = {name: [] for name in updates}
-    for _ in range(options.rounds):
-        for name, update in updates.items():
-            start = time.perf_counter()
-            update(options.steps)
-            times[name].append((time.perf_counter() - start) / options.steps)
 
+def measure(preset: str, options: Options, corpus: Corpus) -> None:
+    """Print a table, row by row: tokens/s, ms/step, memory and MFU of every contender."""
+    torch._dynamo.reset()  # another model's shapes would make this one's variable
+    model, training, tokens = prepare(preset, corpus)
+    cuda = options.device == "cuda"
     peak = PEAKS.get(torch.cuda.get_device_name()) if cuda else None
     tokens_per_step = training.batch_size * model.block_size
     print(f"\n### {preset}: {tokens_per_step:,} tokens a step\n")
-    print("| | ms/step | tokens/s | times the plain loop's (quartiles) | memory, MB | MFU | first 3 steps, s |")
-    print("|---|---|---|---|---|---|---|")
-    base = np.array(times["plain loop, bfloat16"])
-    for name, values in times.items():
-        typical = statistics.median(values)
-        low, middle, high = np.percentile(base / np.array(values), (25, 50, 75))
+    print(
+        "| | ms/step | tokens/s | times the compiled plain loop's (quartiles) | memory, MB | MFU | first 3 steps, s |"
+    )
+    print("|---|---|---|---|---|---|---|", flush=True)
+    plain = None
+    for name, make in contenders(preset, model, training, options.device, tokens).items():  # the plain loop first
+        update = None
+        gc.collect()  # a recorded engine is a cycle: its memory would count as the next one's
+        try:
+            before, start = torch.cuda.memory_allocated() if cuda else 0, time.perf_counter()
+            if cuda:
+                torch.cuda.reset_peak_memory_stats()
+            update = make()
+            update(3)  # compiles, records, allocates
+            first = time.perf_counter() - start
+            memory = f"{(torch.cuda.max_memory_allocated() - before) / 2**20:.0f}" if cuda else "not measured"
+            plain = plain or update
+            turns = [(timed(plain, options.steps), timed(update, options.steps)) for _ in range(options.rounds)]
+        except (RuntimeError, UserError) as error:
+            if plain is None:
+                raise UserError(f"{name}, with which the others are compared, failed: {first_line(error)}") from error
+            print(f"| {name} | failed: {first_line(error)} | | | | | |", flush=True)
+            continue
+        typical = statistics.median(seconds for _, seconds in turns)
+        low, middle, high = np.percentile([base / seconds for base, seconds in turns], (25, 50, 75))
         gain = f"{middle:.2f} ({low:.2f} to {high:.2f})"
-        mfu = f"{flops_per_token(model) * tokens_per_step / typical / peak:.0%}" if peak else "peak unknown"
+        mfu = f"{flops_per_token(model) * tokens_per_step / typical / peak:.0%}" if peak and "bfloat16" in name else ""
         print(
-            f"| {name} | {typical * 1e3:.2f} | {tokens_per_step / typical:,.0f} | {gain} "
-            f"| {memory[name]:.0f} | {mfu} | {first[name]:.0f} |"
+            f"| {name} | {typical * 1e3:.2f} | {tokens_per_step / typical:,.0f} | {gain} | {memory} | {mfu} "
+            f"| {first:.0f} |",
+            flush=True,
         )
 
 
-def seconds_to_loss(options: Options, every: int = 50) -> None:
-    """Train the full model by its recipe until its whole-split loss is NANOGPT_LOSS; evaluations are not timed."""
-    model, training, tokens = prepare("full")
-    corpus = load_corpus()
+def timed(update: Callable[[int], None], steps: int) -> float:
+    """Seconds a step."""
+    start = time.perf_counter()
+    update(steps)
+    return (time.perf_counter() - start) / steps
+
+
+def seconds_to_loss(options: Options, corpus: Corpus, every: int = 50) -> None:
+    """Train the full model by its recipe until its whole-split loss is NANOGPT_LOSS; evaluations are not timed.
+
+    Raises UserError if the engine had to do without what a GPU has.
+    """
+    torch._dynamo.reset()
+    model, training, tokens = prepare("full", corpus)
     val_tokens = CharTokenizer.from_text(corpus.text).encode(corpus.val_text)
     cuda = options.device == "cuda"
     training = replace(training, dtype="bfloat16")
+    flags = DeviceFlags(options.device, compile=cuda, graph=cuda, pad_vocab=cuda)
     start = time.perf_counter()
-    engine = TorchEngine(model, training, DeviceFlags(options.device, compile=cuda, graph=cuda, pad_vocab=cuda))
+    engine = TorchEngine(model, training, flags)
     batches = Batches(tokens, model.block_size, training.batch_size, training.seed)
     batches.read = engine.windows
-    spent, warm = 0.0, None
+    spent, best_loss, best_step = 0.0, math.inf, 0
     for step in range(training.max_steps):
         began = time.perf_counter()
         loss, _ = engine.train_step(step, [batches.at(step)], learning_rate(step, training))
-        if warm is None:
+        if step == 0:
             loss.item()
+            check_flags(engine, flags)
             warm = time.perf_counter() - start
             continue
         if (step + 1) % every == 0:
             loss.item()
         spent += time.perf_counter() - began
-        if (step + 1) % every == 0 and (
-            loss := evaluate(engine.loss, val_tokens, model.block_size, 128)
-        ) <= NANOGPT_LOSS:
-            print(f"\n{loss:.4f} on the whole validation split after {step + 1} steps and {spent:.1f} s of training,")
-            print(f"besides {warm:.0f} s to compile, record and make the first step.")
-            return
-    print(f"\n{NANOGPT_LOSS} was not reached in {training.max_steps} steps: {loss:.4f}")
+        if (step + 1) % every == 0:
+            if (loss := evaluate(engine.loss, val_tokens, model.block_size, engine.eval_batch_size)) < best_loss:
+                best_loss, best_step = loss, step + 1
+            if loss <= NANOGPT_LOSS:
+                break
+    reached = "reached" if best_loss <= NANOGPT_LOSS else "not reached"
+    print(
+        f"\n{NANOGPT_LOSS} on the whole validation split: {reached} in {step + 1} steps and {spent:.1f} s of training,"
+    )
+    print(f"besides {warm:.0f} s to compile, record and make the first step; best: {best_loss:.4f} at step {best_step}")
 
 
 def main() -> int:
@@ -214,12 +261,13 @@ def main() -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         print("error: no CUDA GPU here: nothing to measure", file=sys.stderr)
         return 1
+    corpus = load_corpus("shakespeare_char")
     torch.set_float32_matmul_precision("high")
     print(f"torch {torch.__version__}, {torch.cuda.get_device_name() if options.device == 'cuda' else 'CPU'}")
     for preset in options.presets:
-        measure(preset, options)
+        measure(preset, options, corpus)
     if options.to_loss:
-        seconds_to_loss(options)
+        seconds_to_loss(options, corpus)
     return 0
 
 

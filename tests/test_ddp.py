@@ -16,10 +16,10 @@ import torch
 import train_torch
 from data import UserError
 from numpygpt import GPTConfig
-from train_torch import DeviceFlags, TorchEngine, check_memory, flops_per_token
+from train_torch import DeviceFlags, Recorded, Team, TorchEngine, TorchFlags, check_memory, flops_per_token, settle
 from training.batches import split
 from training.command import run_program
-from training.config import PRESETS
+from training.config import PRESETS, RunFlags
 from training.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -172,11 +172,116 @@ def test_a_step_that_nobody_looked_at_changes_nothing_once_it_is_not_finite() ->
 
 
 def test_windows_are_gathered_as_numpy_gathers_them() -> None:
-    tokens, starts = np.random.default_rng(0).integers(11, size=100).astype(np.int32), np.array([0, 91, 17])
-    idx, targets = TorchEngine(MODEL, TRAINING, CPU).windows(tokens, starts, 8)
-    for row, start in enumerate(starts):
-        assert idx[row].tolist() == tokens[start : start + 8].tolist()
-        assert targets[row].tolist() == tokens[start + 1 : start + 9].tolist()
+    """Of whichever tokens are asked for, though only the last ones are kept on the device."""
+    engine, starts = TorchEngine(MODEL, TRAINING, CPU), np.array([0, 91, 17])
+    for seed in (0, 1):
+        tokens = np.random.default_rng(seed).integers(11, size=100).astype(np.int32)
+        idx, targets = engine.windows(tokens, starts, 8)
+        for row, start in enumerate(starts):
+            assert idx[row].tolist() == tokens[start : start + 8].tolist()
+            assert targets[row].tolist() == tokens[start + 1 : start + 9].tolist()
+
+
+def test_ids_are_checked_without_a_look_at_the_device() -> None:
+    """The training split once, an evaluation's batches before they go there."""
+    engine = TorchEngine(MODEL, TRAINING, CPU)
+    engine.gpt.checked = False  # as on a GPU
+    tokens = np.array([3, 1, 11, 4])
+    with pytest.raises(ValueError, match=r"the training split must be in \[0, 11\), got 11"):
+        engine.windows(tokens, np.array([0]), 2)
+    with pytest.raises(ValueError, match=r"idx must be in \[0, 11\), got 11"):
+        engine.loss(tokens[None], tokens[None])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What goes together, and what is done when something fails
+
+
+def flags_of(device: DeviceFlags, dtype: str = "float32", dropout: float = 0.0) -> TorchFlags:
+    model = dataclasses.replace(PRESETS["tiny"].model, dropout=dropout)
+    return TorchFlags(model, dataclasses.replace(TRAINING, dtype=dtype), RunFlags("tiny"), device)
+
+
+CUDA = DeviceFlags("cuda", compile=True, graph=True, pad_vocab=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "dtype", "processes", "said"),
+    [
+        ({"fused": False}, "float32", 1, "with a fused AdamW: choose --no-graph"),
+        ({"device": "cpu"}, "float32", 1, "of a CUDA GPU with a fused AdamW: choose --no-graph"),
+        ({}, "float32", 2, "of one process, not of 2: choose --no-graph"),
+        ({"device": "mps", "graph": False}, "float64", 1, "mps has no float64"),
+    ],
+)
+def test_flags_that_cannot_go_together_are_one_line(changes: dict, dtype: str, processes: int, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        settle(flags_of(dataclasses.replace(CUDA, **changes), dtype), Team(0, processes))
+
+
+def test_what_cannot_be_recorded_or_compiled_is_not_and_says_so(capsys: pytest.CaptureFixture) -> None:
+    assert settle(flags_of(CUDA), Team()).device == CUDA
+    assert settle(flags_of(CUDA, "float64"), Team()).device == dataclasses.replace(CUDA, graph=False)
+    recompute = dataclasses.replace(CUDA, recompute=True)
+    assert settle(flags_of(recompute), Team()).device == recompute
+    assert capsys.readouterr().err == "float64 goes without a CUDA graph\n"
+    eager = dataclasses.replace(recompute, graph=False, compile=False)
+    assert settle(flags_of(recompute, dropout=0.1), Team()).device == eager
+    assert capsys.readouterr().err == "recomputed dropout goes without a CUDA graph and torch.compile\n"
+    assert settle(flags_of(eager, dropout=0.1), Team()).device == eager
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_bfloat16_is_chosen_where_the_gpu_has_it(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or native)
+    assert settle(flags_of(CUDA, "auto"), Team()).training.dtype == ("bfloat16" if native else "float32")
+    assert settle(flags_of(CPU, "auto"), Team()).training.dtype == "float32"
+
+
+def test_a_step_falls_back_by_one_stage_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """The CUDA graph, for want of a GPU; then torch.compile, for want of a compiler; then eagerly, as if ever so."""
+
+    def broken_compile(*_: object, **__: object) -> object:
+        def call(*_: object) -> None:
+            raise RuntimeError("no compiler\nand a long story")
+
+        return call
+
+    def no_stream() -> None:
+        raise RuntimeError("no stream")
+
+    monkeypatch.setattr(torch, "compile", broken_compile)
+    monkeypatch.setattr(torch.cuda, "Stream", no_stream)
+    engine = TorchEngine(MODEL, TRAINING, dataclasses.replace(CPU, compile=True, graph=True))
+    eager = TorchEngine(MODEL, TRAINING, CPU)
+    for step in range(2):
+        loss, other = (float(e.train_step(step, [batch(step)], 1e-2)[0]) for e in (engine, eager))
+        assert loss == pytest.approx(other, rel=1e-7), "the rate of a recorded step is a float32"
+    assert capsys.readouterr().err == (
+        "the CUDA graph failed, so on without it: RuntimeError: no stream\n"
+        "torch.compile failed, so on without it: RuntimeError: no compiler\n"
+    )
+    assert engine.flags == CPU, "who measures must know"
+
+
+@pytest.mark.parametrize(
+    ("version", "dropout", "ends"), [("2.12", 0.3, True), ("2.12", 0.0, False), ("2.13", 0.3, False)]
+)
+def test_a_failed_recording_ends_the_run_where_it_ends_dropout(
+    version: str, dropout: float, ends: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    engine = TorchEngine(dataclasses.replace(MODEL, dropout=dropout), TRAINING, CPU)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
+    monkeypatch.setattr(torch.cuda, "graph", fail)
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion(version))
+    with pytest.raises(UserError if ends else RuntimeError, match="--no-graph" if ends else "^operation"):
+        Recorded(engine).captured(None)
 
 
 def test_parts_of_a_batch_are_all_of_it() -> None:
@@ -222,3 +327,26 @@ def test_dropout_on_a_gpu_is_addressed_by_seed_and_step() -> None:
     one, two = ([float(e.train_step(step, [batch(0)], 0.0)[0]) for step in (3, 3, 4)] for e in (first, second))
     assert one == two
     assert one[0] == one[1] != one[2]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_recorded_run_that_is_resumed_is_the_run() -> None:
+    """With dropout and an average: recording, at the start and again after loading, changes no draw and no tensor."""
+    flags = DeviceFlags("cuda", compile=False, graph=True, pad_vocab=True)
+    training = dataclasses.replace(TRAINING, dtype="float32", ema=0.9)
+
+    def losses(engine: TorchEngine, steps: range) -> list[float]:
+        return [float(engine.train_step(step, [batch(step)], 1e-2)[0]) for step in steps]
+
+    whole, first, second = (TorchEngine(MODEL, training, flags) for _ in range(3))
+    expected = losses(whole, range(6))
+    found = losses(first, range(3))
+    second.load(*first.save())
+    assert found + losses(second, range(3, 6)) == pytest.approx(expected, rel=1e-5)
+    first.load(*first.save())  # now its recording is of tensors that it has no more
+    assert losses(first, range(3, 6)) == pytest.approx(expected[3:], rel=1e-5)
+    assert whole.flags == first.flags == second.flags == flags
+    average, expected_average = second.save()[4], whole.save()[4]
+    for name in average:
+        if not name.endswith("c_attn.bias"):  # a key's has no gradient but rounding, see above
+            np.testing.assert_allclose(average[name], expected_average[name], rtol=1e-3, atol=1e-5, err_msg=name)

@@ -145,7 +145,8 @@ def test_an_imported_model_learns_from_any_text(
     few = {"batch_size": 4, "grad_accum": 2, "eval_interval": 2, "learning_rate": 1e-2, "min_lr": 1e-3, "seed": 5}
     assert runs.resume(engine, fine_tuned, data=text, max_steps=4, **few) == 0
     losses = [line["loss"] for line in runs.measured(fine_tuned) if line["protocol"] == "full"]
-    assert len(losses) == 2 and losses[1] < losses[0]
+    assert len(losses) == 2
+    assert losses[1] < losses[0]
     before, after = load_weights(locate(tmp_path / "run", "last"), CONFIG), export.load_run(fine_tuned)[1]
     assert all((before[name] != after[name]).any() for name in before)
 

@@ -77,6 +77,8 @@ def test_presets_are_the_documented_models() -> None:
         ("min_lr", 1.0),
         ("beta1", 1.0),
         ("beta2", -0.1),
+        ("ema", 1.0),
+        ("ema", -0.1),
         ("weight_decay", -0.1),
         ("grad_clip", math.inf),
         ("eval_interval", 0),
@@ -243,6 +245,30 @@ def test_evaluation_weighs_by_tokens() -> None:
     assert estimate(loss, np.full(30, 4), 8, 2, num_batches=3, seed=0, step=0) == 4
 
 
+def test_evaluation_asks_for_every_loss_before_it_looks_at_one() -> None:
+    """To look at a number on a GPU is to wait for it."""
+    events = []
+
+    class OnDevice:
+        def __float__(self) -> float:
+            events.append("look")
+            return 2.0
+
+    def loss(*_: np.ndarray) -> OnDevice:
+        events.append("ask")
+        return OnDevice()
+
+    assert evaluate(loss, np.zeros(30, int), 8, 1) == 2.0
+    assert estimate(loss, np.zeros(30, int), 8, 2, num_batches=3, seed=0, step=0) == 2.0
+    assert events == ["ask"] * 4 + ["look"] * 4 + ["ask"] * 3 + ["look"] * 3
+
+
+def test_an_evaluation_that_is_not_finite_is_no_evaluation() -> None:
+    for measure in (evaluate, lambda *rest: estimate(*rest, 1, 0, 0)):
+        with pytest.raises(ValueError, match="not finite: the loss in evaluation is nan"):
+            measure(lambda *_: math.nan, np.zeros(30, int), 8, 2)
+
+
 def test_bits_per_char() -> None:
     assert bits_per_char(math.log(2), num_tokens=100, num_chars=100) == pytest.approx(1)
     assert bits_per_char(3 * math.log(2), num_tokens=100, num_chars=300) == pytest.approx(1)
@@ -291,7 +317,7 @@ def test_numbers_that_are_not_finite_stop_before_the_update(kind: str, broken: s
     engine = make_engine(kind)
     batch = tuple(np.random.default_rng(5).integers(MODEL.vocab_size, size=(2, 4, 8)))
     engine.train_step(0, [batch], 1e-3)
-    weights, m, v, t = engine.save()
+    weights, m, v, t, _ = engine.save()
     weights = {name: weight.copy() for name, weight in weights.items()}
     weights[broken].flat[3] = np.inf
     engine.load(weights, m, v, t)
@@ -317,7 +343,9 @@ def test_clipping_off_and_on(kind: str) -> None:
 
 
 def test_compile_that_fails_is_given_up(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken_compile(model: torch.nn.Module) -> object:
+    def broken_compile(model: torch.nn.Module, *, dynamic: bool) -> object:
+        assert not dynamic, "a second length would become a variable, which the fused attention refuses"
+
         def call(*_: object) -> None:
             raise RuntimeError("no compiler\nand a long story")
 
@@ -338,6 +366,17 @@ def test_bfloat16_autocast_keeps_the_weights_float32() -> None:
     exact = make_engine("torch").train_step(0, [batch], 1e-2)[0]
     assert 0 < abs(loss - exact) < 0.05
     assert {weight.dtype for weight in engine.save()[0].values()} == {np.dtype(np.float32)}
+
+
+def test_bfloat16_is_for_training_and_not_for_evaluation() -> None:
+    """The loss reported is the one that sample.py's weights have in either engine."""
+    batch = tuple(np.random.default_rng(5).integers(MODEL.vocab_size, size=(2, 4, 8)))
+    losses = {
+        dtype: float(make_engine("torch", training=dataclasses.replace(TRAINING, dtype=dtype)).loss(*batch))
+        for dtype in ("bfloat16", "float32", "float64")
+    }
+    assert losses["bfloat16"] == losses["float32"]
+    assert losses["float32"] == pytest.approx(losses["float64"], rel=1e-6)
 
 
 def test_200_steps_of_both_engines_are_one_curve(tmp_path: Path) -> None:

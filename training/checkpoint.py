@@ -56,6 +56,7 @@ MAX_JSON_BYTES = 1 << 20
 MAX_HEADER_BYTES = 8 << 20  # of a safetensors file: names, shapes and offsets of some 50,000 tensors
 DTYPES = {"F32": np.float32, "F64": np.float64}
 
+Shapes = dict[str, tuple[int, ...]]
 T = TypeVar("T")
 
 
@@ -122,8 +123,8 @@ def save_checkpoints(run: Path, names: Sequence[str], checkpoint: Checkpoint, co
     content = {OPTIMIZER: save(moments)}
     hashes = {OPTIMIZER: sha256(content[OPTIMIZER]), TOKENIZER: sha256((run / TOKENIZER).read_bytes())}
     for name in names:
-        averaged = name == "best" and checkpoint.average is not None
-        if MODEL not in content or averaged:
+        if MODEL not in content or checkpoint.average is not None:
+            averaged = name == "best" and checkpoint.average is not None
             content[MODEL] = save(checkpoint.average if averaged else checkpoint.weights)
             hashes[MODEL] = sha256(content[MODEL])
         state = asdict(checkpoint.state) | {"model": asdict(config), "files": hashes}
@@ -254,11 +255,18 @@ def load_state(folder: Path, config: GPTConfig) -> tuple[State, dict[str, str]]:
 
 
 def read_tensors(
-    path: Path, shapes: dict[str, tuple[int, ...]], expected_hash: str, dtype: type | None, mapped: bool = False
+    path: Path,
+    shapes: Shapes,
+    expected_hash: str,
+    dtype: type | None,
+    *,
+    optional: Shapes | None = None,
+    mapped: bool = False,
 ) -> Params:
     """The tensors of a safetensors file that must have exactly these names and shapes, all of one dtype.
 
     dtype: the one they must have, or None for float32 or float64
+    optional: more of them, which may be there, all or none
     mapped: leave them in the file, as read-only arrays, in place of copying them
 
     Raises UserError that names the file and the tensor.
@@ -266,9 +274,12 @@ def read_tensors(
     from safetensors import SafetensorError, safe_open
     from safetensors.numpy import load
 
-    needed = sum(math.prod(shape) for shape in shapes.values()) * 8 + MAX_HEADER_BYTES
+    optional = optional or {}
+    needed = sum(math.prod(shape) for shape in (shapes | optional).values()) * 8 + MAX_HEADER_BYTES
     content = read_measured(path, "the tensors of this model", needed, mapped)
     header = read_header(path, content)
+    if optional.keys() & header.keys():
+        shapes = shapes | optional
     for name in [*shapes, *header]:
         if name not in header or name not in shapes:
             raise UserError(f"{path}: tensor {shorten(name)} is {'missing' if name in shapes else 'not of this model'}")

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from typing import SupportsFloat
 
 import numpy as np
 
@@ -9,7 +10,8 @@ from training.batches import Batch, random_batch, read_windows, step_rng
 
 __all__ = ["bits_per_char", "estimate", "evaluate"]
 
-LossFunction = Callable[[np.ndarray, np.ndarray], float]  # idx, targets (B, T) -> mean loss in nats
+# idx, targets (B, T) -> mean loss in nats. It may be a number on a GPU: all are asked for before one is looked at.
+LossFunction = Callable[[np.ndarray, np.ndarray], SupportsFloat]
 
 TOKENS_AT_ONCE = 2048  # of an evaluation batch: few enough for a CPU's cache, enough to keep its cores busy
 
@@ -19,12 +21,12 @@ def evaluate(loss: LossFunction, tokens: np.ndarray, block_size: int, batch_size
 
     The split is read in windows of block_size that do not overlap, the last of them as short as it must be. So each of
     the n - 1 tokens that have a token before them is predicted exactly once. The sum is taken in float64; the batch
-    size decides how many windows are computed at once, and nothing else.
+    size decides how many windows are computed at once, and nothing else. Raises ValueError if the loss is not finite.
     """
-    total = 0.0
-    for idx, targets in consecutive_windows(tokens, block_size, batch_size or max(1, TOKENS_AT_ONCE // block_size)):
-        total += float(loss(idx, targets)) * targets.size
-    return total / (len(tokens) - 1)
+    windows = consecutive_windows(tokens, block_size, batch_size or max(1, TOKENS_AT_ONCE // block_size))
+    losses = [(loss(idx, targets), targets.size) for idx, targets in windows]
+    total = sum(float(mean) * size for mean, size in losses)
+    return finite(total / (len(tokens) - 1))
 
 
 def consecutive_windows(tokens: np.ndarray, block_size: int, batch_size: int) -> Iterator[Batch]:
@@ -40,9 +42,20 @@ def consecutive_windows(tokens: np.ndarray, block_size: int, batch_size: int) ->
 def estimate(
     loss: LossFunction, tokens: np.ndarray, block_size: int, batch_size: int, num_batches: int, seed: int, step: int
 ) -> float:
-    """The mean loss of a few random batches in nats per token: quick, noisy, and only to watch a run by."""
+    """The mean loss of a few random batches in nats per token: quick, noisy, and only to watch a run by.
+
+    Raises ValueError if it is not finite.
+    """
     rng = step_rng(seed, step, "estimate")
-    return math.fsum(loss(*random_batch(tokens, block_size, batch_size, rng)) for _ in range(num_batches)) / num_batches
+    losses = [loss(*random_batch(tokens, block_size, batch_size, rng)) for _ in range(num_batches)]
+    return finite(math.fsum(map(float, losses)) / num_batches)
+
+
+def finite(loss: float) -> float:
+    """The loss, unless it is NaN or infinite: then ValueError."""
+    if not math.isfinite(loss):
+        raise ValueError(f"not finite: the loss in evaluation is {loss}")
+    return loss
 
 
 def bits_per_char(nats_per_token: float, num_tokens: int, num_chars: int) -> float:

@@ -9,14 +9,14 @@ import shlex
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, SupportsFloat
 
 import numpy as np
 
 from data import UserError
 from numpygpt import Params
 from training.batches import Batch, split
-from training.checkpoint import Checkpoint, State, locate, save_checkpoint
+from training.checkpoint import Checkpoint, State, locate, save_checkpoints
 from training.config import learning_rate
 from training.evaluate import bits_per_char, estimate, evaluate
 from training.metrics import MetricsWriter, draw_losses, read_metrics
@@ -36,12 +36,13 @@ class Engine(Protocol):
     """What the loop asks of a model and its optimizer."""
 
     leader: bool  # among several processes that train one model together, the one that measures, reports and saves
+    eval_batch_size: int | None  # sequences that `loss` likes to have at once; None: what `evaluate` thinks fit
 
     def windows(self, tokens: np.ndarray, starts: np.ndarray, T: int) -> Batch:
         """idx, targets (B, T) from tokens (n,) at starts (B,), wherever the engine likes to have them."""
         ...
 
-    def train_step(self, step: int, micro_batches: Sequence[Batch], lr: float) -> tuple[float, float]:
+    def train_step(self, step: int, micro_batches: Sequence[Batch], lr: float) -> tuple[SupportsFloat, SupportsFloat]:
         """Learn from one batch -> its mean loss in nats, and the gradient's global norm before clipping.
 
         micro_batches: the batch in parts; the update is that of the whole. Dropout is addressed by the step. If the
@@ -58,18 +59,23 @@ class Engine(Protocol):
         """The signal that asks this process to stop, or another one that trains with it."""
         ...
 
-    def loss(self, idx: np.ndarray, targets: np.ndarray) -> float:
-        """idx, targets (B, T) -> mean loss in nats, without dropout."""
+    def loss(self, idx: np.ndarray, targets: np.ndarray) -> SupportsFloat:
+        """idx, targets (B, T) -> mean loss in nats, without dropout, in the precision of the weights.
+
+        If a running average of the weights is kept (TrainConfig.ema), it is the average's loss: after each update
+        average += (1 - d) (weight - average), with d = min(ema, (1 + t) / (10 + t)) after t updates, as in
+        TensorFlow's ExponentialMovingAverage.
+        """
         ...
 
     def num_params(self) -> int: ...
 
-    def save(self) -> tuple[Params, Params, Params, int]:
-        """Weights, AdamW's moments m and v, and its count of steps t."""
+    def save(self) -> tuple[Params, Params, Params, int, Params | None]:
+        """Weights, AdamW's moments m and v, its count of steps t, and the average of the weights, if one is kept."""
         ...
 
-    def load(self, weights: Params, m: Params, v: Params, t: int) -> None:
-        """What `save` returned, in either engine."""
+    def load(self, weights: Params, m: Params, v: Params, t: int, average: Params | None = None) -> None:
+        """What `save` returned, in either engine. An average that is to be kept, but was not, begins at the weights."""
         ...
 
 
@@ -85,7 +91,7 @@ def train(engine: Engine, run: Run) -> int | None:
     state = State(step=0, t=0, best_step=None, best_loss=None, seconds=0.0, engine=run.engine)
     if run.checkpoint is not None:
         state = dataclasses.replace(run.checkpoint.state, engine=run.engine)
-        engine.load(run.checkpoint.weights, run.checkpoint.m, run.checkpoint.v, state.t)
+        engine.load(run.checkpoint.weights, run.checkpoint.m, run.checkpoint.v, state.t, run.checkpoint.average)
     run.batches.read = engine.windows
     if engine.leader:
         introduce(engine, run, state)
@@ -168,7 +174,7 @@ def watch(engine: Engine, run: Run, state: State, metrics: MetricsWriter, bar: "
 
 def measure(engine: Engine, run: Run, state: State, metrics: MetricsWriter, bar: "tqdm") -> State:
     """Measure the loss on the whole validation split -> the state, with the best so far."""
-    loss = evaluate(engine.loss, run.val_tokens, run.model.block_size)
+    loss = evaluate(engine.loss, run.val_tokens, run.model.block_size, engine.eval_batch_size)
     bits = bits_per_char(loss, len(run.val_tokens) - 1, run.val_chars)
     metrics.write(state.step, "val", "full", loss, bits_per_char=bits, **so_far(run, state))
     say(bar, f"step {state.step:>6}: val {loss:.4f} on the whole split, {bits:.4f} bits per character")
@@ -191,11 +197,10 @@ def say(bar: "tqdm", line: str) -> None:
 def save(engine: Engine, run: Run, state: State, metrics: MetricsWriter) -> None:
     """last/, and best/ if this is it. In this order: a run that is resumed makes up for a best/ that is missing."""
     metrics.sync()  # the lines up to a checkpoint are on the disk before it is
-    weights, m, v, t = engine.save()
-    checkpoint = Checkpoint(weights, m, v, dataclasses.replace(state, t=t))
-    save_checkpoint(run.folder, "last", checkpoint, run.model)
-    if state.best_step == state.step:
-        save_checkpoint(run.folder, "best", checkpoint, run.model)
+    weights, m, v, t, average = engine.save()
+    checkpoint = Checkpoint(weights, m, v, dataclasses.replace(state, t=t), average)
+    names = ["last", "best"] if state.best_step == state.step else ["last"]
+    save_checkpoints(run.folder, names, checkpoint, run.model)
 
 
 def introduce(engine: Engine, run: Run, state: State) -> None:
@@ -208,6 +213,8 @@ def introduce(engine: Engine, run: Run, state: State) -> None:
     print(f"{config.data}: {len(run.batches.tokens):,} tokens to learn from, {len(run.val_tokens):,} to validate on")
     print("to beat: " + ", ".join(f"{name} {loss:.4f}" for name, loss in run.yardsticks.items()) + " nats per token")
     print(f"{'going on' if state.step else 'keeping the run'} in {run.folder}, step {state.step} of {config.max_steps}")
+    if config.ema and run.checkpoint is not None and run.checkpoint.average is None:
+        print("the run kept no average of its weights until now: it begins at the weights as they are")
 
 
 def conclude(run: Run, state: State) -> None:

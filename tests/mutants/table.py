@@ -353,10 +353,10 @@ TABLE = {
             ("a finite mask", "masked_fill(~past_or_self, -math.inf)", "masked_fill(~past_or_self, -1e9)"),
         ],
         "test_semantics.py::test_the_future_changes_nothing[sdpa]": [
-            ("no mask in the fused kernel", "is_causal=T > 1", "is_causal=False"),
+            ("no mask in the fused kernel", "is_causal=bool(T > 1)", "is_causal=False"),
         ],
         "test_sampling.py::test_the_cache_changes_nothing[torch]": [
-            ("a single query sees the first token alone", "is_causal=T > 1", "is_causal=True"),
+            ("a single query sees the first token alone", "is_causal=bool(T > 1)", "is_causal=True"),
             ("cached tokens all stand at position 0", "start = 0 if pasts is None else pasts[0][2]", "start = 0"),
             (
                 "the cache outlives the window",
@@ -441,8 +441,39 @@ TABLE = {
     "training/evaluate.py": {
         "test_semantics.py::test_the_evaluation_predicts_each_token_once": [
             ("evaluation skips the last short window", "    if rest:\n", "    if False:\n"),
-            ("evaluation weighs a short window like a long one", "* targets.size", "* len(targets) * block_size"),
+            ("evaluation weighs a short window like a long one", ", targets.size)", ", len(targets) * block_size)"),
             ("evaluation divides by one token too many", "total / (len(tokens) - 1)", "total / len(tokens)"),
+        ],
+    },
+    "train_numpy.py": {
+        "test_ema.py::test_the_average_is_the_recursion[numpy]": [
+            (
+                "the average of the weights has no warm-up",
+                "max(1 - self.ema, 9 / (10 + self.optimizer.t))",
+                "1 - self.ema",
+            ),
+        ],
+        "test_ema.py::test_evaluation_is_of_the_average[numpy]": [
+            ("the weights are evaluated, not their average", "self.averaged.forward(", "self.gpt.forward("),
+        ],
+    },
+    "train_torch.py": {
+        "test_ema.py::test_the_average_is_the_recursion[torch]": [
+            (
+                "the average of the weights has no warm-up",
+                ".clamp(min=1 - self.ema)",
+                ".clamp(1 - self.ema, 1 - self.ema)",
+            ),
+        ],
+        "test_ema.py::test_evaluation_is_of_the_average[torch]": [
+            (
+                "the weights are evaluated, not their average",
+                "(self.gpt, self.average, batch)",
+                "(self.gpt, {}, batch)",
+            ),
+        ],
+        "test_ema.py::test_a_step_that_is_not_finite_leaves_the_average_alone": [
+            ("the average moves although the step was given up", "rate = rate * (self.broken < 0)", "pass"),
         ],
     },
     "training/batches.py": {
