@@ -105,8 +105,8 @@ def load_run(folder: Path) -> tuple[GPTConfig, Params, Tokenizer]:
 def write_run(folder: Path, config: GPTConfig, params: Params, tokenizer: Tokenizer) -> None:
     """A new run that has made no step: the weights, and an optimizer that has seen nothing. Raises UserError, OSError.
 
-    There is no best/: nothing has been measured. The recipe is one for fine-tuning, a rate low and constant; a trainer's
-    --resume takes it, with whatever text is to be learned from.
+    There is no best/: nothing has been measured. The recipe is one for fine-tuning, a rate low and constant; the
+    trainers' --resume takes it, with whatever text is to be learned from.
     """
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(f"the tokenizer has {tokenizer.vocab_size} tokens, more than the model's {config.vocab_size}")
