@@ -15,7 +15,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from numpygpt import GPTConfig, check_batch, check_count, check_finite, check_ids, check_sampling, init_params
+from numpygpt import (
+    GPTConfig,
+    check_batch,
+    check_count,
+    check_finite,
+    check_ids,
+    check_sampling,
+    init_params,
+    is_integer,
+)
 
 Past = tuple[Tensor, Tensor, int]
 
@@ -117,6 +126,8 @@ class GPT(nn.Module):
             raise ValueError(f"dtype must be float32 or float64, got {dtype}")
         if attention not in ("sdpa", "explicit"):
             raise ValueError(f"attention must be 'sdpa' or 'explicit', got {attention!r}")
+        if not is_integer(pad_vocab_to) or pad_vocab_to < 1:
+            raise ValueError(f"pad_vocab_to must be an integer of at least 1, got {pad_vocab_to!r}")
         self.config, self.recompute, self.checked = config, recompute, checked
         self.vocab_padding = -config.vocab_size % pad_vocab_to
         with torch.device("meta"):  # names and shapes only: the weights follow at once

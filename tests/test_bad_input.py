@@ -295,6 +295,13 @@ def test_bad_seeds(gpt: type, seed: object) -> None:
     assert message_of(lambda: gpt(CONFIG, seed=seed)) == f"seed must be an integer of at least 0, got {seed!r}"
 
 
+@pytest.mark.parametrize("columns", [0, -64, 1.5])
+def test_bad_padding(columns: object) -> None:
+    """A failure: a division by zero, far from the argument that is meant."""
+    message = message_of(lambda: torchgpt.GPT(CONFIG, pad_vocab_to=columns))
+    assert message == f"pad_vocab_to must be an integer of at least 1, got {columns}"
+
+
 @pytest.mark.parametrize("dtype", [np.float16, np.int64, "bfloat16", None])
 def test_bad_dtypes_of_weights(dtype: object) -> None:
     """A failure: an error from within NumPy, or a model of a dtype that nothing here is tested with."""
