@@ -419,3 +419,12 @@ def test_a_fresh_model_is_uncertain() -> None:
     idx, targets = np.random.default_rng(0).integers(65, size=(2, 4, 16))
     # Logits have variance 384 * 0.02^2 = 0.15, and the mean of exp of such a number is exp(0.15 / 2).
     assert numpygpt.GPT(config).forward(idx, targets)[1] == pytest.approx(math.log(65) + 0.077, abs=0.1)
+
+
+def test_each_backward_stands_under_its_forward() -> None:
+    """A failure: who checks a gradient has to look for what it is the gradient of."""
+    names = names_in("numpygpt.py")
+    backwards = [name for name in names if name.endswith("_backward") and not name.startswith("GPT.")]
+    assert len(backwards) >= 10
+    for name in backwards:
+        assert names[names.index(name) - 1] == name.replace("_backward", "_forward")
