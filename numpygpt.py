@@ -1,9 +1,14 @@
 """A GPT by hand: forward, backward, optimizer and sampling in plain NumPy, to be read from top to bottom.
 
+A GPT reads token ids and gives, at every position, V scores (logits) for the token that comes next. On the way each
+token is a vector of C numbers; together they are the residual stream x (B, T, C), to which attention (each token looks
+at itself and those before it) and MLPs (each token alone) add by turns. Training makes softmax(logits[b, t]) expect
+targets[b, t], the token that followed idx[b, t] in the text.
+
 What is here: the GPT-2 architecture (Radford et al. 2019; pre-LayerNorm, learned positions, tanh GELU, the output head
-tied to the token embedding), every gradient derived and written out, AdamW, clipping, and generation with a key/value
-cache. What is not: autograd, data, training loops, files. torchgpt.py beside this file is the same model in PyTorch,
-with the same names in the same order; the tests prove that the two are one function.
+tied to the token embedding), every gradient (docs/derivations.md derives them), AdamW, clipping, and generation with a
+key/value cache. What is not: autograd, data, training loops, files. torchgpt.py beside this file is the same model in
+PyTorch, with the same names in the same order; the tests prove that the two are one function.
 
 Letters used for shapes, here and everywhere in the project:
 
@@ -11,12 +16,12 @@ Letters used for shapes, here and everywhere in the project:
     T  tokens in a sequence          nh, hs  heads, head size; C = nh * hs
     L  layers                        ... any leading dimensions
 
-Conventions. Each `x_forward` returns its output and a small cache (softmax's output and dropout's scale are their own);
-`x_backward` stands directly under it, unpacks that cache on its first line and returns gradients. A gradient is called
-d + the name of what it is the gradient of, always of the loss: `dx` is d loss / d x and has the shape of x. `dout` is
-the gradient of the forward's output; along the residual stream, which is x before a block and after it, it is `dx` too.
+Conventions. Each `x_forward` returns its output and a cache, which is what its backward needs (dropout's is its scale,
+softmax's its output). `x_backward` stands directly under it, unpacks the cache on its first line and returns gradients,
+always of the loss: `dx` is d loss / d x and has the shape of x, and so for every name. `dout` is the gradient of the
+forward's output; but where that is again x, as in the residual stream, the gradient is `dx` at both ends.
 A linear layer is x @ weight.T + bias, as in PyTorch, so weights move between the two engines without a transposition.
-Every function follows the dtype of the parameters: float32 to train, float64 to prove.
+Every function follows the dtype of the parameters: float32 to train, float64 to check gradients to many digits.
 """
 
 import ctypes
@@ -72,7 +77,10 @@ class GPTConfig:
 
 
 def param_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every parameter, in the order in which they are drawn. Nothing is allocated."""
+    """GPT-2's name and the shape of every parameter, in the order in which they are drawn. Nothing is allocated.
+
+    wte, wpe: token and position embedding; h.i: block i, with ln_1, attn, ln_2, mlp; ln_f: the final LayerNorm
+    """
     V, C = config.vocab_size, config.n_embd
     shapes: dict[str, tuple[int, ...]] = {"wte.weight": (V, C), "wpe.weight": (config.block_size, C)}
     for i in range(config.n_layer):
@@ -95,12 +103,12 @@ def param_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
 
 
 def init_params(config: GPTConfig, seed: int = 1337, dtype: type = np.float32) -> Params:
-    """Draw GPT-2's initial weights: Normal(0, 0.02) for matrices, zero biases, unit LayerNorm gains.
+    """Draw initial weights: Normal(0, 0.02) for matrices, zero biases, unit LayerNorm gains.
 
-    Each block adds two branches to the residual stream, each through a c_proj; drawing those with 0.02 / sqrt(2 L)
-    keeps the stream's variance independent of depth (Radford et al. 2019, section 2.3). The numbers are drawn in
-    float64 and then rounded, so the float32 weights of a seed are the rounded float64 weights of that seed. Raises
-    ValueError if the seed is not an integer of at least 0.
+    As in GPT-2, but that it draws wpe with 0.01. Each block adds to the residual stream twice, through its two c_proj;
+    drawing those with 0.02 / sqrt(2 L) keeps the stream's variance independent of depth (Radford et al. 2019, section
+    2.3). The numbers are drawn in float64 and then rounded, so the float32 weights of a seed are the rounded float64
+    weights of that seed. Raises ValueError if the seed is not an integer of at least 0.
     """
     check_count("seed", seed)
     rng = np.random.default_rng(seed)
@@ -125,8 +133,8 @@ def within(params: Params, prefix: str) -> Params:
 # The layers: each forward with its backward under it
 #
 # Two habits make plain NumPy fast, and the code below keeps to them. Long chains of elementwise operations work in
-# place, on an array that nobody else holds. And sums are products with a vector of ones, which the BLAS does several
-# times faster than NumPy's sum along a short axis.
+# place, on an array that nobody else holds. And sums are products with a vector of ones, which the BLAS (the library
+# behind @) does several times faster than NumPy's sum along a short axis; np.vecdot(a, b) is (a * b).sum(axis=-1).
 
 
 def sum_channels(x: np.ndarray) -> np.ndarray:
@@ -141,9 +149,9 @@ def sum_rows(x: np.ndarray) -> np.ndarray:
 
 
 def embedding_forward(idx: np.ndarray, wte: np.ndarray, wpe: np.ndarray) -> tuple[np.ndarray, Cache]:
-    """Look up what each token is and where it stands, and add the two: idx (B, T) -> x (B, T, C).
+    """Look up a vector for what each token is and one for where it stands, and add them: idx (B, T) -> x (B, T, C).
 
-    wte (V, C) has a row for each token, wpe (block_size, C) one for each position.
+    wte (V, C) has a learned row for each token id, wpe (block_size, C) one for each position.
     """
     T = idx.shape[1]
     return wte[idx] + wpe[:T], (idx, wte.shape, wpe.shape)
@@ -152,8 +160,8 @@ def embedding_forward(idx: np.ndarray, wte: np.ndarray, wpe: np.ndarray) -> tupl
 def embedding_backward(dx: np.ndarray, cache: Cache) -> tuple[np.ndarray, np.ndarray]:
     """dx (B, T, C) -> dwte (V, C), dwpe (block_size, C).
 
-    A row that was copied to several places gets the sum of their gradients. To sum them without a Python loop, the
-    rows of dx are sorted by token id, and each run of equal ids is added up.
+    A row that was copied to several places gets the sum of their gradients. The rows of dx are sorted by token id, and
+    each run of equal ids is added up: what np.add.at(dwte, idx, dx) does, but several times faster.
     """
     idx, wte_shape, wpe_shape = cache
     T, C = dx.shape[1:]
@@ -171,7 +179,7 @@ def layernorm_forward(
 ) -> tuple[np.ndarray, Cache]:
     """Give every token mean 0 and variance 1 over its channels, then a gain and a shift (Ba et al. 2016).
 
-    x (..., C), weight (C,), bias (C,) or None -> (..., C)
+    x (..., C), weight (C,), bias (C,) or None -> (..., C). eps keeps the division finite where all channels are equal.
     """
     C = x.shape[-1]
     xhat = x - sum_channels(x) / C
@@ -187,9 +195,9 @@ def layernorm_forward(
 def layernorm_backward(dout: np.ndarray, cache: Cache) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """dout (..., C) -> dx (..., C), dweight (C,), dbias (C,) or None.
 
-    xhat = (x - mean) * rstd depends on each x three times: directly, through the mean and through the variance. The
-    direct path gives dxhat; the other two take away dxhat's mean and its projection onto xhat: moving along either of
-    these directions does not change xhat at all.
+    dx = rstd (dxhat - mean(dxhat) - xhat mean(dxhat xhat)), means over the channels: x acts directly, through its mean
+    and through its variance. Adding a constant to x, or stretching it about its mean, does not change xhat (but for
+    eps); so dx can have no part in these two directions, and the subtractions take it away.
     """
     xhat, rstd, weight, has_bias = cache
     C = xhat.shape[-1]
@@ -231,8 +239,11 @@ GELU_SCALE = math.sqrt(2 / math.pi)
 GELU_CUBIC = 0.044715
 
 
-def gelu_tanh(x: np.ndarray) -> np.ndarray:
-    """tanh(sqrt(2/pi) (x + 0.044715 x^3)), element by element: (...) -> (...). GELU and its derivative share it."""
+def tanh_in_gelu(x: np.ndarray) -> np.ndarray:
+    """tanh(u), u = sqrt(2/pi) (x + 0.044715 x^3), element by element: (...) -> (...). GELU and its derivative share it.
+
+    In place, from the inside: u = (sqrt(2/pi) 0.044715 x^2 + sqrt(2/pi)) x.
+    """
     u = x * x
     u *= GELU_SCALE * GELU_CUBIC
     u += GELU_SCALE
@@ -243,9 +254,10 @@ def gelu_tanh(x: np.ndarray) -> np.ndarray:
 def gelu_forward(x: np.ndarray) -> tuple[np.ndarray, Cache]:
     """GELU in the tanh form that GPT-2 uses (Hendrycks & Gimpel 2016, section 2), element by element: (...) -> (...).
 
-    out = x/2 (1 + tanh(u)) with u = sqrt(2/pi) (x + 0.044715 x^3)
+    out = x/2 (1 + tanh(u)) with u = sqrt(2/pi) (x + 0.044715 x^3): near 0 far left, near x far right. Without a bend
+    like this, two linear layers would be no more than one.
     """
-    out = gelu_tanh(x)
+    out = tanh_in_gelu(x)
     out += 1
     out *= x
     out *= 0.5
@@ -255,17 +267,17 @@ def gelu_forward(x: np.ndarray) -> tuple[np.ndarray, Cache]:
 def gelu_backward(dout: np.ndarray, cache: Cache) -> np.ndarray:
     """dout (...) -> dx (...).
 
-    Product rule on x/2 and 1 + tanh(u): dx = dout/2 (1 + tanh + x (1 - tanh^2) du), with the derivative of u,
-    du = sqrt(2/pi) (1 + 3 * 0.044715 x^2). Computing tanh once more is cheaper than keeping it in memory.
+    Product rule on x/2 and 1 + tanh(u): dx = dout/2 (1 + tanh + x (1 - tanh^2) slope), with slope = du/dx =
+    sqrt(2/pi) (1 + 3 * 0.044715 x^2). tanh is computed once more, so that one array less is kept.
     """
     (x,) = cache
-    tanh = gelu_tanh(x)
-    du = x * x
-    du *= GELU_SCALE * 3 * GELU_CUBIC
-    du += GELU_SCALE
+    tanh = tanh_in_gelu(x)
+    slope = x * x
+    slope *= GELU_SCALE * 3 * GELU_CUBIC
+    slope += GELU_SCALE
     dx = tanh * tanh
     np.subtract(1, dx, out=dx)
-    dx *= du
+    dx *= slope
     dx *= x
     dx += tanh
     dx += 1
@@ -279,7 +291,7 @@ def dropout_forward(
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Drop each element with probability p and scale the others by 1 / (1 - p): x (B, ...) -> (B, ...).
 
-    The scale keeps the expected value, so nothing changes when dropout is off: without generators (Srivastava et al.
+    The scale keeps the expected value, so that x passes unchanged when dropout is off: rngs None (Srivastava et al.
     2014, section 10). Each sequence b has a generator of its own, rngs[b]: what is dropped in it does not depend on
     which other sequences are computed beside it.
     """
@@ -318,14 +330,14 @@ def softmax_backward(dprobs: np.ndarray, probs: np.ndarray) -> np.ndarray:
     return dx
 
 
-ATTENTION_BLOCK = 64  # queries; smaller ones skip more of the future, larger ones keep the matrix products large
+ATTENTION_BLOCK = 64  # queries at a time: fewer skip more of the future, more make larger products
 
 
 def causal_blocks(T: int, num_keys: int) -> Iterator[tuple[slice, slice]]:
-    """Cut T queries, the last of num_keys tokens, into blocks: yields (queries, the keys that any of them may see).
+    """Cut the queries, the last T of num_keys tokens, into blocks (no relation to block_size or to block_forward's).
 
-    Half of the (T, T) scores lie in the future. A block leaves out those that lie in the future of all its queries,
-    so that they are neither computed nor kept.
+    Yields for each block two slices: its queries, and the keys that any of them may see. Half of the (T, T) scores lie
+    in the future; those in the future of a whole block are so neither computed nor kept.
     """
     for start in range(0, T, ATTENTION_BLOCK):
         end = min(start + ATTENTION_BLOCK, T)
@@ -333,9 +345,10 @@ def causal_blocks(T: int, num_keys: int) -> Iterator[tuple[slice, slice]]:
 
 
 def mask_future(att: np.ndarray) -> None:
-    """Set to -inf, in place, every score of a query for a later token: att (..., rows, seen), the last row seeing all.
+    """Set to -inf, in place, each score of a query for a later token: att (..., queries, keys).
 
-    The later tokens lie above the diagonal of the last square. -inf and no finite number: it excludes at any scale.
+    The queries are the last of the keys' tokens, so later tokens lie above the diagonal of the last, square part. A
+    finite number in place of -inf would be a bet that no score is ever as low.
     """
     rows = att.shape[-2]
     np.copyto(att[..., -rows:], -np.inf, where=np.triu(np.ones((rows, rows), bool), k=1))
@@ -351,13 +364,14 @@ def attention_forward(
 ) -> tuple[np.ndarray, Cache]:
     """Causal multi-head self-attention (Vaswani et al. 2017, section 3.2): x (B, T, C) -> (B, T, C).
 
-    Every token asks with a query what the tokens up to itself offer with their keys, and takes the average of their
-    values, weighted by softmax(query . key / sqrt(hs)). One linear layer makes queries, keys and values together.
+    In each of nh heads, every token compares its query with the keys of the tokens up to itself, and takes the average
+    of their values, weighted by softmax(query . key / sqrt(hs)): each head can look for something else. The sqrt undoes
+    the growth of such products with hs. One linear layer makes all queries, keys and values; another mixes the heads.
 
     params: c_attn.weight (3C, C) and .bias (3C,), c_proj.weight (C, C) and .bias (C,), or no biases
     dropout, rngs: as dropout_forward's p and rngs
-    past: (keys, values, start), two arrays (B, nh, block_size, hs) that hold the first `start` tokens' keys and values.
-    The T tokens of x come after those; their own keys and values are written in behind.
+    past: for generation only. (keys, values, start): two arrays (B, nh, block_size, hs) that hold the first `start`
+        tokens' keys and values. The T tokens of x come after those; their own keys and values are written in behind.
     """
     B, T, C = x.shape
     hs = C // n_head
@@ -375,7 +389,7 @@ def attention_forward(
         att = q[:, :, rows] @ k[:, :, seen].swapaxes(-1, -2)  # (B, nh, rows, seen)
         att *= 1 / math.sqrt(hs)
         mask_future(att)
-        probs = softmax_forward(att)
+        probs = softmax_forward(att)  # in place of att
         dropped, scale = dropout_forward(probs, dropout, rngs)
         heads[:, :, rows] = dropped @ v[:, :, seen]
         block_caches.append((rows, seen, probs, dropped, scale))
@@ -388,8 +402,8 @@ def attention_forward(
 def attention_backward(dout: np.ndarray, cache: Cache) -> tuple[np.ndarray, Params]:
     """dout (B, T, C) -> dx (B, T, C), the parameters' gradients (None for no bias). The forward's lines in reverse.
 
-    A masked score is -inf whatever x is; its probability is 0, and softmax's backward multiplies by that: its
-    gradient vanishes of itself. q, k and v each appear in one matrix product, so each gets the linear layer's rule.
+    The mask needs no line here: a masked score has probability 0, and softmax's backward multiplies by that. q, k and v
+    each stand in one matrix product, so each gets the linear layer's rule.
     """
     qkv_cache, q, k, v, block_caches, proj_cache, out_scale = cache
     B, n_head, T, hs = q.shape
@@ -399,15 +413,15 @@ def attention_backward(dout: np.ndarray, cache: Cache) -> tuple[np.ndarray, Para
     dheads = dy.reshape(B, T, n_head, hs).swapaxes(1, 2)
 
     dqkv = np.zeros((B, T, 3, n_head, hs), dy.dtype)
-    dq, dk, dv = dqkv.transpose(2, 0, 3, 1, 4)
+    dq, dk, dv = dqkv.transpose(2, 0, 3, 1, 4)  # views, each (B, nh, T, hs): what they get lands in dqkv
     for rows, seen, probs, dropped, scale in reversed(block_caches):
-        # heads = dropped @ v
+        # heads = dropped @ v. Several blocks see one key, so dk and dv add up; a query is in one block only.
         ddropped = dheads[:, :, rows] @ v[:, :, seen].swapaxes(-1, -2)
         dv[:, :, seen] += dropped.swapaxes(-1, -2) @ dheads[:, :, rows]
         dprobs = dropout_backward(ddropped, scale)
         datt = softmax_backward(dprobs, probs)
-        datt *= 1 / math.sqrt(hs)
         # att = q @ k.T / sqrt(hs)
+        datt *= 1 / math.sqrt(hs)
         dq[:, :, rows] = datt @ k[:, :, seen]
         dk[:, :, seen] += datt.swapaxes(-1, -2) @ q[:, :, rows]
 
@@ -482,14 +496,16 @@ def block_backward(dx: np.ndarray, cache: Cache) -> tuple[np.ndarray, Params]:
 
 
 def cross_entropy_forward(logits: np.ndarray, targets: np.ndarray, count: int) -> tuple[np.floating, Cache]:
-    """The surprise at the true next tokens, in nats: logits (B, T, V), targets (B, T) -> sum of -log p(target) / count.
+    """The mean surprise at the true next tokens: logits (B, T, V), targets (B, T) -> sum of -log p(target) / count.
 
-    Targets of -1 are ignored. count is how many are not, in the whole batch of which these may be a part; so the
-    losses, and the gradients, of a batch's parts add up to the batch's.
+    p is softmax(logits), log the natural one, so the unit is the nat. Targets of -1 are ignored; count is the number of
+    the others. If these sequences are part of a larger batch, count is the whole batch's: then the losses of its parts,
+    and the gradients, simply add up.
     """
     rows, keep = logits.reshape(-1, logits.shape[-1]), targets.ravel() >= 0
     shifted = rows - rows.max(axis=-1, keepdims=True)
-    at_target = np.take_along_axis(shifted, np.where(keep, targets.ravel(), 0)[:, None], axis=-1)[:, 0]
+    safe = np.where(keep, targets.ravel(), 0)  # any valid id in place of -1: [keep] throws those rows away
+    at_target = np.take_along_axis(shifted, safe[:, None], axis=-1)[:, 0]
     log_sum = np.log(np.exp(shifted).sum(axis=-1))  # log softmax = shifted - log_sum
     loss = (log_sum - at_target)[keep].sum() / count
     return loss.astype(logits.dtype), (logits, targets, count)
@@ -499,7 +515,8 @@ def cross_entropy_backward(cache: Cache) -> np.ndarray:
     """dlogits (B, T, V) of the loss itself.
 
     -log p(target) = log(sum_j exp(logits[j])) - logits[target], whose derivative is softmax(logits), less 1 at the
-    target. This is the one place where the mean's division by count enters the gradients.
+    target. This is the one place where the mean's division by count enters the gradients. The softmax is computed here,
+    not in the forward, which evaluation uses alone.
     """
     logits, targets, count = cache
     dlogits = softmax_forward(logits.reshape(-1, logits.shape[-1]).copy())
@@ -520,7 +537,7 @@ class GPT:
     config: the sizes
     params: the weights, checked against the config; without them they are drawn from `seed`. They are copied, so that
         no two models share weights by accident; but a read-only array (a file mapped into memory) stays where it is.
-    dtype: float32 or float64, for the drawn weights; given ones keep theirs where it is wider
+    dtype: float32 or float64, of drawn weights; given ones get the wider of this and their own
     threads: into how many parts forward and loss_and_grads cut a batch, each computed by a thread of its own. NumPy
         lets go of Python's lock while it computes, so the parts run side by side: data parallelism, on one machine.
         It pays when the BLAS is told to use one thread itself. It changes nothing but the order in which the parts'
@@ -529,7 +546,8 @@ class GPT:
     Making one tunes the process for speed: its memory allocator (keep_freed_memory) and, for several threads, how soon
     Python switches between them.
 
-    Raises ValueError that names the parameter that is missing, unknown, of a wrong shape or dtype, or not finite.
+    Raises ValueError that names the wrong argument, or the parameter that is missing, unknown or has a wrong shape,
+    dtype or entry.
     """
 
     def __init__(
@@ -586,6 +604,8 @@ class GPT:
         count: what to divide by, if (idx, targets) is one part of a larger batch: the number of targets that are not
         -1 in all of it. Losses and gradients of the parts then add up to those of the whole batch; and as dropout is
         drawn sequence by sequence, parts that share one rng also drop what the whole batch would.
+
+        Raises ValueError as forward does, and on a bad count.
         """
         if targets is None:
             raise ValueError("targets must be an array of token ids, got None")
@@ -622,7 +642,7 @@ class GPT:
         Only with keep_caches do the blocks' caches stay; without, each is freed as soon as the next block has run.
         """
         config, params = self.config, self.params
-        start = 0 if pasts is None else pasts[0][2]
+        start = 0 if pasts is None else pasts[0][2]  # the first token's position, the same in every layer
         x, embedding_cache = embedding_forward(idx, params["wte.weight"], params["wpe.weight"][start:])
         x, scale = dropout_forward(x, config.dropout, rngs)
         caches: list[Cache] = [(embedding_cache, scale)]
@@ -653,7 +673,7 @@ class GPT:
         dx = dropout_backward(dx, scale)
         grads["wte.weight"], grads["wpe.weight"] = embedding_backward(dx, embedding_cache)
         grads["wte.weight"] += dwte  # wte is used twice, as the embedding and as the head: its gradients add
-        return {name: grads[name] for name in self.params}
+        return {name: grads[name] for name in self.params}  # in the order of params, without the Nones
 
     def generate(
         self,
@@ -683,9 +703,9 @@ class GPT:
     ) -> Iterator[np.ndarray]:
         """Continue each row of idx (B, T), T >= 1, without end: yields the next tokens (B,) int64, one step at a time.
 
-        temperature: divides the logits; below 1 is bolder, 0 takes the likeliest token and draws nothing
+        temperature: divides the logits; below 1 the likely get likelier, 0 takes the likeliest token and draws nothing
         top_k: leaves only the k likeliest tokens, and all that tie with the k-th; None or more than V leaves all
-        rng: gives one uniform number a row and token; without one they come from fresh entropy
+        rng: gives one uniform number for each row and token; None: a new generator with an arbitrary seed
 
         Raises ValueError on ids outside [0, V), temperature below 0 or not finite, top_k below 1, weights not finite.
         """
@@ -696,22 +716,25 @@ class GPT:
     def _stream(
         self, idx: np.ndarray, temperature: float, top_k: int | None, rng: np.random.Generator
     ) -> Iterator[np.ndarray]:
-        """The loop behind `stream`. A token's keys and values depend on nothing after it, so they are kept; each step
-        then computes one token. Once the text outgrows the window, every token's position moves with each step, what
-        was kept is void, and the whole window is computed anew."""
+        """The loop behind `stream`: the first step computes the whole prompt, each further one a single token.
+
+        A token's keys and values depend on nothing after it, so they are kept: in `kept`, those of the window's first
+        `start` tokens. Once the text outgrows the window, every step moves every token to another position; what was
+        kept is void (start = 0), and the whole window is computed anew.
+        """
         config, B = self.config, len(idx)
         kept_shape = (config.n_layer, 2, B, config.n_head, config.block_size, config.n_embd // config.n_head)
-        kept, length = np.empty(kept_shape, self.params["wte.weight"].dtype), 0
+        kept, start = np.empty(kept_shape, self.params["wte.weight"].dtype), 0
         window = idx[:, -config.block_size :]
         while True:
-            pasts = [(keys, values, length) for keys, values in kept]
-            logits, _ = self._logits(window[:, length:], None, pasts)
+            pasts = [(keys, values, start) for keys, values in kept]
+            logits, _ = self._logits(window[:, start:], None, pasts)
             tokens = sample(logits[:, -1], temperature, top_k, rng)
             yield tokens
-            length = window.shape[1]
+            start = window.shape[1]
             window = np.concatenate([window, tokens[:, None]], axis=1)
             if window.shape[1] > config.block_size:
-                window, length = window[:, 1:], 0
+                window, start = window[:, 1:], 0
 
 
 def sample(logits: np.ndarray, temperature: float, top_k: int | None, rng: np.random.Generator) -> np.ndarray:
@@ -735,10 +758,19 @@ def sample(logits: np.ndarray, temperature: float, top_k: int | None, rng: np.ra
     return (cdf > threshold).argmax(axis=-1)
 
 
-def in_parts(function: Callable[[slice], object], length: int, threads: int) -> list:
-    """[function(part), ...] for the `threads` slices that range(length) is cut into: the first here, the others beside.
+# ---------------------------------------------------------------------------------------------------------------------
+# How GPT runs: random numbers, threads, memory. Nothing here is needed to understand the model
 
-    Of more threads than length, only `length` have something to do.
+
+def row_generators(rng: np.random.Generator | None, B: int) -> list[np.random.Generator] | None:
+    """One generator for each of B sequences, seeded from rng in order: at once or in parts, they drop the same."""
+    return None if rng is None else [np.random.default_rng(seed) for seed in rng.integers(2**63, size=B)]
+
+
+def in_parts(function: Callable[[slice], object], length: int, threads: int) -> list:
+    """Cut range(length) into slices, one for each thread but none empty -> [function(slice), ...].
+
+    The first slice is computed in the calling thread, each other in a new one.
     """
     n = min(threads, length)
     parts = [slice(length * i // n, length * (i + 1) // n) for i in range(n)]
@@ -752,8 +784,8 @@ def in_parts(function: Callable[[slice], object], length: int, threads: int) -> 
 def keep_freed_memory() -> None:
     """Have the C library keep the memory of freed arrays for the next ones, in place of handing it back at once.
 
-    By default glibc, Linux's, takes every large array from the system as fresh pages, and their first touch costs more
-    than the arithmetic on them: at the small preset nearly half of a training step. The three settings are: no page
+    By default glibc, Linux's, takes every large array from the system as fresh pages, and their first touch costs time:
+    without this, a training step at the small preset took about a fifth longer. The three settings are: no page
     mappings of their own for large arrays, nothing handed back below 2 GB, and one pool for all threads. They hold for
     the whole process. Other systems' libraries are left alone.
     """
@@ -788,8 +820,9 @@ def clip_grad_norm(grads: Params, max_norm: float) -> float:
 class AdamW:
     """Adam with decoupled weight decay (Loshchilov & Hutter 2019, algorithm 2). Updates params in place.
 
-    m and v are running means of the gradient and of its square, t counts the steps. Matrices decay towards zero by
-    lr * weight_decay a step; biases and LayerNorm gains, of one dimension, do not.
+    m and v are running means of the gradient and of its square, t counts the steps. With m and v corrected as below,
+    param -= lr (m / (sqrt(v) + eps) + weight_decay param): a weight moves by about lr, however large its gradients are.
+    As in PyTorch, lr scales the decay too. Only matrices decay; biases and LayerNorm gains, of one dimension, do not.
 
     params: the arrays to learn, which must be writable
     betas: how much of the running means of the gradient and of its square stays at each step, two numbers in [0, 1)
@@ -938,9 +971,5 @@ def check_params(config: GPTConfig, params: Params, dtype: type) -> Params:
         if not np.isfinite(params[name]).all():
             raise ValueError(f"{name} must be finite, got NaN or infinite entries")
     dtype = np.result_type(dtype, *params.values())
+    # copy=None copies only what has to change its dtype
     return {name: np.array(params[name], dtype, copy=params[name].flags.writeable or None) for name in shapes}
-
-
-def row_generators(rng: np.random.Generator | None, B: int) -> list[np.random.Generator] | None:
-    """One generator a sequence, seeded from rng in order: so B sequences at once, or in parts, drop the same."""
-    return None if rng is None else [np.random.default_rng(seed) for seed in rng.integers(2**63, size=B)]

@@ -26,7 +26,7 @@ from numpygpt import (
     is_integer,
 )
 
-Past = tuple[Tensor, Tensor, int]
+Past = tuple[Tensor, Tensor, int]  # (keys, values, start), as at numpygpt's attention_forward
 
 
 class Attention(nn.Module):
@@ -58,7 +58,9 @@ class Attention(nn.Module):
             past_or_self = torch.ones(att.shape[-2:], dtype=torch.bool, device=x.device).tril(att.shape[-1] - T)
             att = att.masked_fill(~past_or_self, -math.inf)
             heads = F.dropout(att.softmax(dim=-1), p) @ v
-        else:  # a single query is the last token, and may look at all of them; several start from an empty past
+        else:
+            # Several queries have no past (see _stream), so the mask is square; a single one, the last, sees all.
+            # bool(), because torch.compile may make T a symbol, and the kernel refuses a symbolic answer.
             heads = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=bool(T > 1))
 
         y = heads.transpose(1, 2).reshape(B, T, C)
@@ -106,8 +108,10 @@ class GPT(nn.Module):
         logits: same function, same parameters, but a width that a GPU's tensor cores like (64, say)
     recompute: in training keep only each block's input, and compute the block once more in the backward pass: less
         memory for about a third more time
-    checked: forward looks at ids, targets and logits, for which a GPU must stop each time; False: the caller vouches
-        for the batch and looks at the loss
+    checked: forward checks ids, targets and logits, and each time the CPU must wait for the GPU; with False the caller
+        vouches for the batch and watches the loss
+
+    Raises ValueError that names the argument.
     """
 
     def __init__(
@@ -209,8 +213,8 @@ class GPT(nn.Module):
     ) -> Iterator[Tensor]:
         """Continue each row of idx (B, T), T >= 1, without end: yields the next tokens (B,), one step at a time.
 
-        Arguments and errors are those of numpygpt's GPT.stream, and so, from the same weights and rng, are the tokens.
-        Never with dropout, whatever the model's mode.
+        Arguments and errors are those of numpygpt's GPT.stream, and so, from the same weights and rng, are the tokens;
+        these have idx's dtype and device. Never with dropout, whatever the model's mode.
         """
         check_ids("idx", idx.cpu().numpy(), 0, self.config.vocab_size)
         check_sampling(temperature, top_k)
@@ -220,23 +224,23 @@ class GPT(nn.Module):
         """The loop behind `stream`, with the key/value cache that numpygpt explains."""
         config, B = self.config, len(idx)
         kept_shape = (config.n_layer, 2, B, config.n_head, config.block_size, config.n_embd // config.n_head)
-        kept, length = self.wte.weight.new_empty(kept_shape), 0
+        kept, start = self.wte.weight.new_empty(kept_shape), 0
         window = idx[:, -config.block_size :]
         while True:
             with torch.no_grad(), without_dropout(self):
-                logits = self._logits(window[:, length:], [(keys, values, length) for keys, values in kept])
+                logits = self._logits(window[:, start:], [(keys, values, start) for keys, values in kept])
             self._check_finite(logits)
             tokens = sample(logits[:, -1], temperature, top_k, rng).to(idx)
             yield tokens
-            length = window.shape[1]
+            start = window.shape[1]
             window = torch.cat([window, tokens[:, None]], dim=1)
             if window.shape[1] > config.block_size:
-                window, length = window[:, 1:], 0
+                window, start = window[:, 1:], 0
 
 
 @contextmanager
 def without_dropout(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside, the mode it was in afterwards."""
+    """Evaluation mode inside; afterwards the mode that the model was in before."""
     training = model.training
     if training:
         model.eval()

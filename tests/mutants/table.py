@@ -222,8 +222,8 @@ TABLE = {
             ("cached tokens all stand at position 0", "start = 0 if pasts is None else pasts[0][2]", "start = 0"),
             (
                 "the cache outlives the window",
-                "window, length = window[:, 1:], 0",
-                "window, length = window[:, 1:], length - 1",
+                "window, start = window[:, 1:], 0",
+                "window, start = window[:, 1:], start - 1",
             ),
             (
                 "the context is cropped one token early",
@@ -360,8 +360,8 @@ TABLE = {
             ("cached tokens all stand at position 0", "start = 0 if pasts is None else pasts[0][2]", "start = 0"),
             (
                 "the cache outlives the window",
-                "window, length = window[:, 1:], 0",
-                "window, length = window[:, 1:], length - 1",
+                "window, start = window[:, 1:], 0",
+                "window, start = window[:, 1:], start - 1",
             ),
             (
                 "the prompt's beginning is kept, not its end",
