@@ -23,12 +23,11 @@ from typing import Annotated, Literal
 import numpy as np
 
 from data import UserError
-from data.tokenizers import Tokenizer, load
+from data.tokenizers import Tokenizer
 from numpygpt import GPT, GPTConfig, Params
 from training.batches import step_rng
-from training.checkpoint import TOKENIZER, load_weights, locate
 from training.command import parse, run_program
-from training.run import read_config
+from training.run import load_run
 
 Engine = Literal["numpy", "torch"]
 
@@ -36,22 +35,12 @@ LARGE = 50_000_000  # parameters, from which on a model is sampled in the dtype 
 PATIENCE = 1.0  # seconds in which something must come from a pipe that nobody asked to be read
 
 
-def load_run(folder: Path) -> tuple[GPTConfig, Params, Tokenizer]:
-    """The model, weights and tokenizer of a run's best checkpoint, or of its last. Raises UserError.
+def load_for_sampling(folder: Path) -> tuple[GPTConfig, Params, Tokenizer]:
+    """load_run, but a vocabulary with more entries than the tokenizer has tokens is cut to them. Raises UserError.
 
-    A vocabulary with more entries than the tokenizer has tokens is cut to them: the others stand for nothing, and
-    without them they cannot be drawn.
+    The others stand for nothing, and without them they cannot be drawn.
     """
-    config = read_config(folder).model
-    tokenizer = load(folder / TOKENIZER)
-    checkpoint = locate(folder, "best") or locate(folder, "last")
-    if checkpoint is None:
-        raise UserError(f"{folder} has no checkpoint yet: it is saved at the first evaluation")
-    weights = load_weights(checkpoint, config)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise UserError(
-            f"{folder / TOKENIZER} has {tokenizer.vocab_size} tokens, more than the model's {config.vocab_size}"
-        )
+    config, weights, tokenizer = load_run(folder)
     weights["wte.weight"] = weights["wte.weight"][: tokenizer.vocab_size]
     return dataclasses.replace(config, vocab_size=tokenizer.vocab_size), weights, tokenizer
 
@@ -104,7 +93,7 @@ def write_samples(
     ):
         if value < least:
             raise UserError(f"{name} must be at least {least}, got {value}")
-    config, weights, tokenizer = load_run(folder)
+    config, weights, tokenizer = load_for_sampling(folder)
     ids = tokenizer.encode(prompt) if prompt else first_ids(tokenizer)
     for number in range(num_samples):
         if num_samples > 1:

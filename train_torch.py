@@ -11,6 +11,7 @@ is measured and kept, is training/loop.py, which train_numpy.py runs just the sa
 """
 
 import argparse
+import importlib.util
 import math
 import os
 import platform
@@ -22,6 +23,9 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
+
+if __name__ == "__main__" and importlib.util.find_spec("torch") is None:
+    sys.exit("error: needs the package torch: pip install -r requirements-dev.txt")
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn

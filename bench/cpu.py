@@ -15,12 +15,11 @@ its threads that still spin for more work, would otherwise be paid by whoever co
 """
 
 import os
-import resource
 import statistics
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -29,12 +28,12 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpygpt
+from data import UserError
 from training.command import parse, run_program
 
 # Vocabulary and sizes of the presets, without dropout: torch's eager attention leaves its fast path when it drops.
@@ -57,9 +56,17 @@ class Options:
     threads: int = field(default_factory=lambda: os.cpu_count() or 1)
     """threads for every contender"""
     compile: bool = True
-    """also measure torch.compile, which first compiles for up to a minute a preset"""
+    """also measure training with torch.compile, which first compiles for up to a minute a preset"""
     profile: bool = False
-    """measure nothing but the NumPy step, operation by operation"""
+    """measure nothing but the NumPy step of small or full, operation by operation"""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError that names the field."""
+        for name in ("rounds", "threads"):
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.profile and self.preset == "gpt2":
+            raise ValueError("profile is of a training step, and preset gpt2 only writes: choose small or full")
 
 
 def random_batch(config: numpygpt.GPTConfig, B: int) -> tuple[np.ndarray, np.ndarray]:
@@ -167,6 +174,8 @@ def floor_step(config: numpygpt.GPTConfig, B: int, threads: int) -> Callable[[],
 @contextmanager
 def blas_threads(n: int) -> Iterator[None]:
     """NumPy's BLAS with n threads. PyTorch's threads are its own."""
+    from threadpoolctl import threadpool_limits  # here: without it, run_program says what to do
+
     with threadpool_limits(n, user_api="blas"):
         yield
 
@@ -197,22 +206,26 @@ def ratio(numerator: np.ndarray, denominator: np.ndarray) -> str:
     return f"{middle:.2f} ({low:.2f} to {high:.2f})"
 
 
-def peak_memory(engine: str, preset: str, threads: int, steps: int = 5) -> float:
+def high_water() -> float:
+    """The most memory that this process has had, in MB of 1e6 bytes. Raises UserError where the system does not tell.
+
+    It never falls: whoever measures one thing starts a process for it.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux, where ru_maxrss starts at the parent's
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024 / 1e6
+    try:
+        import resource
+    except ImportError as error:  # Windows
+        raise UserError("this bench measures memory too, which it can on Linux and macOS only") from error
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
+def peak_memory(engine: str, config: numpygpt.GPTConfig, B: int, threads: int, steps: int = 5) -> float:
     """MB that `steps` steps add to the process at their peak: weights, gradients, moments, activations."""
-    config, B = PRESETS[preset]
     if engine == "torch":
         import torchgpt  # noqa: F401  what importing takes is not the step's
-
-    def high_water() -> float:
-        # Linux's ru_maxrss starts at the parent's; /proc has the process's own.
-        status = Path("/proc/self/status")
-        if status.exists():
-            return (
-                int(next(line for line in status.read_text().splitlines() if line.startswith("VmHWM")).split()[1])
-                / 1024
-            )
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
     before = high_water()
     step = (numpy_step if engine == "numpy" else torch_step)(config, B, threads)
     with blas_threads(1):
@@ -233,9 +246,9 @@ def measure_steps(preset: str, options: Options) -> None:
         contenders["torchgpt, compiled"] = torch_step(config, B, threads, compiled=True)
     with blas_threads(1):  # the contenders on NumPy bring their own threads
         times = alternate(contenders, options.rounds, STEPS[preset])
-    with get_context("spawn").Pool(1, maxtasksperchild=1) as pool:  # a process each: the high-water mark never falls
+    with get_context("spawn").Pool(1, maxtasksperchild=1) as pool:  # a process each
         memory = {
-            name: pool.apply(peak_memory, (engine, preset, threads))
+            name: pool.apply(peak_memory, (engine, config, B, threads))
             for name, engine in (("NumPy", "numpy"), ("torchgpt, eager", "torch"))
         }
 
@@ -313,7 +326,7 @@ def profile(preset: str, threads: int, steps: int = 30) -> None:
     """
     config, B = PRESETS[preset]
     whole = numpy_step(config, B, threads)
-    B //= threads
+    B = max(1, B // threads)
     idx, targets = random_batch(config, B)
     spent: dict[str, float] = {}
     children: list[float] = [0.0]
@@ -362,9 +375,11 @@ def profile(preset: str, threads: int, steps: int = 30) -> None:
     print(f"| the whole step, {threads} such parts side by side | {together * 1e3:.2f} | {together / total:.1%} |")
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    options = parse(Options, "bench/cpu.py", None)
+    options = parse(Options, "bench/cpu.py", argv)
+    if not options.profile:
+        high_water()  # where it cannot be told, better now than when all else is measured
     print(f"NumPy {np.__version__}, {options.threads} threads, {options.rounds} rounds")
     if options.preset == "gpt2":
         from bench.gpt2 import measure_gpt2  # here: it needs transformers, and this module's functions

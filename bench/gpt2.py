@@ -5,6 +5,7 @@ reads them from its own files, float32, and continues one text greedily with its
 a process each, from before the weights are loaded to after some tokens are written.
 """
 
+import math
 import statistics
 import sys
 import tempfile
@@ -15,10 +16,11 @@ from pathlib import Path
 import numpy as np
 
 import numpygpt
-from bench.cpu import alternate, blas_threads, ratio
+from bench.cpu import alternate, blas_threads, high_water, ratio
 from data.tokenizers import CharTokenizer
-from tools.export import load_run, write_run
+from tools.export import write_run
 from tools.hf import write_hf
+from training.run import load_run
 
 # `python bench/cpu.py` puts its own folder first, where transformers would take bench/tokenizers.py for the library.
 sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
@@ -29,24 +31,25 @@ ENGINES = ("NumPy", "torchgpt", "transformers")
 Generate = Callable[[np.ndarray, int], np.ndarray]  # idx (1, T), how many more -> (1, T + more)
 
 
-def write_models(folder: Path) -> None:
+def write_models(folder: Path, config: numpygpt.GPTConfig) -> None:
     """The same random weights as a run of ours, and as Hugging Face keeps them."""
     rng = np.random.default_rng(0)
     params = {}
-    for name, shape in numpygpt.param_shapes(CONFIG).items():
+    for name, shape in numpygpt.param_shapes(config).items():
         draw = rng.standard_normal(shape, np.float32)
         draw *= 0.02
         params[name] = draw + np.float32(len(shape) == 1 and name.endswith("weight"))  # gains are about 1
     tokenizer = CharTokenizer("\n")  # nobody writes or reads a text
-    write_run(folder / "run", CONFIG, params, tokenizer)
+    write_run(folder / "run", config, params, tokenizer)
     (folder / "hf").mkdir()
-    write_hf(folder / "hf", CONFIG, params, tokenizer)
+    write_hf(folder / "hf", config, params, tokenizer)
 
 
 def load(engine: str, folder: Path, threads: int) -> Generate:
     """The model of one engine, from its files, ready to continue a text."""
     if engine == "NumPy":
-        model = numpygpt.GPT(CONFIG, load_run(folder / "run")[1])
+        config, weights, _ = load_run(folder / "run")
+        model = numpygpt.GPT(config, weights)
         return lambda idx, more: model.generate(idx, more, temperature=0)
 
     import torch
@@ -55,8 +58,9 @@ def load(engine: str, folder: Path, threads: int) -> Generate:
     if engine == "torchgpt":
         import torchgpt
 
-        gpt = torchgpt.GPT(CONFIG).eval()
-        gpt.load_state_dict({name: torch.tensor(weight) for name, weight in load_run(folder / "run")[1].items()})
+        config, weights, _ = load_run(folder / "run")
+        gpt = torchgpt.GPT(config).eval()
+        gpt.load_state_dict({name: torch.tensor(weight) for name, weight in weights.items()})
         return lambda idx, more: gpt.generate(torch.from_numpy(idx), more, temperature=0).numpy()
 
     from transformers import AutoModelForCausalLM, GenerationConfig
@@ -74,24 +78,22 @@ def peak_memory(engine: str, folder: Path, threads: int) -> float:
         import torchgpt  # noqa: F401
     if engine == "transformers":
         from transformers import GPT2LMHeadModel  # noqa: F401
-
-    def high_water() -> float:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024 / 1e6
-
     before = high_water()
     with blas_threads(threads):
         load(engine, folder, threads)(np.zeros((1, 16), np.int64), 16)
     return high_water() - before
 
 
-def measure_gpt2(rounds: int, threads: int) -> None:
+def measure_gpt2(rounds: int, threads: int, config: numpygpt.GPTConfig = CONFIG) -> None:
     """Print a table: tokens/s of a prompt and of generation, and memory, all of them beside NumPy's."""
-    idx = np.random.default_rng(1).integers(CONFIG.vocab_size, size=(1, PROMPT))
+    import torch  # noqa: F401  what is missing is better said now than when two gigabytes are written
+    import transformers  # noqa: F401
+
+    idx = np.random.default_rng(1).integers(config.vocab_size, size=(1, PROMPT))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_models(folder)
-        with get_context("spawn").Pool(1, maxtasksperchild=1) as pool:  # a process each: the mark never falls
+        write_models(folder, config)
+        with get_context("spawn").Pool(1, maxtasksperchild=1) as pool:  # a process each
             memory = {engine: pool.apply(peak_memory, (engine, folder, threads)) for engine in ENGINES}
             pool.close()
             pool.join()
@@ -103,8 +105,10 @@ def measure_gpt2(rounds: int, threads: int) -> None:
                 contenders[engine, "generation"] = lambda generate=generate: generate(idx[:, :1], NEW)
             times = alternate(contenders, rounds)
 
-    weights = sum(np.prod(shape) for shape in numpygpt.param_shapes(CONFIG).values()) * 4 / 1e6
-    print(f"\n### GPT-2, 124M parameters, {weights:.0f} MB of weights: float32, batch 1, {rounds} rounds\n")
+    num_params = sum(map(math.prod, numpygpt.param_shapes(config).values()))
+    weights = num_params * 4 / 1e6
+    size = f"{num_params / 1e6:.0f}M parameters, {weights:.0f} MB of weights"
+    print(f"\n### GPT-2, {size}: float32, batch 1, {rounds} rounds\n")
     print(
         f"| | prompt of {PROMPT}, tokens/s | NumPy's speed relative to it: median (quartiles) | {NEW} new tokens, "
         "tokens/s | NumPy's speed relative to it: median (quartiles) | peak memory, MB | times the weights |"

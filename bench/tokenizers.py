@@ -2,7 +2,9 @@
 
     python bench/tokenizers.py                       characters, and byte-pair encodings of 512, 1,024 and 4,096 tokens
     python bench/tokenizers.py --engine torch        the same with PyTorch, on the CPU too
-    python bench/tokenizers.py --preset tiny --max-chars 20000 --vocab-sizes 512 --out /tmp    a look, in a minute
+    python bench/tokenizers.py --preset tiny --max-chars 20000 --vocab-sizes 512 --run-dir /tmp/look --out /tmp/look
+
+The last one is a look, in a minute; its runs have a folder of their own, for those of the comparison are others.
 
 What is equal: the layers, the recipe, and the characters of training text that are learned from, so that longer tokens
 mean fewer steps. What follows from the tokenizer: the vocabulary, hence the embedding's parameters, and how many
@@ -22,10 +24,11 @@ import statistics
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -34,9 +37,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bench.cpu import alternate, blas_threads, ratio
 from data import UserError, write_atomically
 from data.corpus import Corpus, load_corpus
-from data.tokenizers import get_tokenizer
+from data.tokenizers import get_tokenizer, train_command
 from numpygpt import GPTConfig, param_shapes
-from sample import first_ids, load_run, token_stream
+from sample import first_ids, load_for_sampling, token_stream
 from train_numpy import NumpyEngine
 from training.batches import Batches, step_rng
 from training.command import parse, run_program
@@ -44,6 +47,9 @@ from training.config import PRESETS, Flags, RunFlags, TrainConfig, learning_rate
 from training.loop import Engine, train
 from training.metrics import read_metrics
 from training.run import METRICS, Run, open_run, read_config
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 EVALUATIONS = 6  # on the whole validation split, of each run: the points of the plot
 STEPS = 5  # training steps of each contender in a round
@@ -90,6 +96,11 @@ class Result:
     @property
     def bits(self) -> float:
         return self.curve[-1][1]
+
+    @property
+    def bigram_bits(self) -> float:
+        """The bigram's bits per character: a nat per token is as many of them as for the model."""
+        return self.run.yardsticks["bigram"] * self.bits / self.nats_per_token
 
     @property
     def chars_per_step(self) -> float:
@@ -198,7 +209,7 @@ def training_round(engine_name: str, result: Result) -> Callable[[], None]:
 
 def write_sample(engine: str, folder: Path) -> str:
     """SAMPLE_CHARS characters, or just over, as sample.py writes them."""
-    config, weights, tokenizer = load_run(folder)
+    config, weights, tokenizer = load_for_sampling(folder)
     rng = step_rng(SEED, 0, "sample")
     ids = token_stream(engine, config, weights, first_ids(tokenizer), rng, TEMPERATURE, None)
     return "".join(until(SAMPLE_CHARS, tokenizer.stream(islice(ids, SAMPLE_CHARS))))
@@ -261,6 +272,7 @@ def write_page(
     training: Sequence[Speed],
     generation: Sequence[Speed],
     samples: Sequence[str],
+    bpe_speed: str,
     command: str,
 ) -> str:
     """docs/tokenizers.md."""
@@ -283,13 +295,12 @@ def write_page(
         "window, in characters": [f"{model.block_size / r.val_tokens_per_char:.0f}" for r in results],
         "steps": [f"{r.run.training.max_steps:,}" for r in results],
     }
-    bigrams = [r.run.yardsticks["bigram"] * r.bits / r.nats_per_token for r in results]
     losses = {
         "": [r.name for r in results],
         "nats per token": [f"{r.nats_per_token:.4f}" for r in results],
         "bits per character": [f"**{r.bits:.4f}**" for r in results],
         "relative to characters": [f"{r.bits / first.bits - 1:+.1%}" for r in results],
-        "the bigram's bits per character": [f"{bits:.4f}" for bits in bigrams],
+        "the bigram's bits per character": [f"{r.bigram_bits:.4f}" for r in results],
     }
     faster = "times as fast as with characters: median (quartiles)"
     rates = {
@@ -331,12 +342,31 @@ def write_page(
         picture,
         "## How to read it",
         "\n".join(textwrap.indent(fill(note, 118), "  ").replace("  ", "- ", 1) for note in notes),
+        "## How fast the encoding itself is learned and used",
+        bpe_speed,
         "## Samples",
         f"What `python sample.py` writes from the runs in {options.run_dir}: temperature {TEMPERATURE}, seed {SEED}.",
     ]
     for result, text in zip(results, samples, strict=True):
         parts += [f"### {result.name}", f"```text\n{text.strip()}\n```"]
     return "\n\n".join(parts) + "\n"
+
+
+def measure_bpe(data: str, vocab_size: int) -> str:
+    """What data.tokenizers' command line prints about one encoding, with the command that prints it."""
+    argv = ["python", "-m", "data.tokenizers", "train", "--vocab-size", str(vocab_size)]
+    if data != Options.data:
+        argv += ["--data", data]
+    printed = io.StringIO()
+    with redirect_stdout(printed):
+        train_command(data, vocab_size, None)
+    lines = printed.getvalue().splitlines()
+    shown = [f"$ {shlex.join(argv)}", *lines[:5], "..."]  # the times, and the first merges
+    by_hand = (
+        f"One thread of plain Python on {cpu_name()}. After each merge only the words that hold its pair are counted "
+        "anew, and not the text; and tiktoken, which encodes in our place where it is installed, had no part in it."
+    )
+    return "\n".join(["```", *shown, "```", "", fill(by_hand)])
 
 
 def cpu_name() -> str:
@@ -375,9 +405,8 @@ def fill(text: str, width: int = 120) -> str:
     return textwrap.fill(text, width, break_long_words=False, break_on_hyphens=False)
 
 
-def draw(path: Path, results: Sequence[Result], training: Sequence[Speed], title: str) -> None:
+def draw(results: Sequence[Result], training: Sequence[Speed], title: str) -> "Figure":
     """The plot: bits per character over characters learned from, and over the seconds that these take."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4.5), dpi=130, layout="constrained")
@@ -393,9 +422,7 @@ def draw(path: Path, results: Sequence[Result], training: Sequence[Speed], title
     for axes in (by_chars, by_seconds):
         axes.grid(alpha=0.2)
     figure.suptitle(title)
-    png = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(png)
-    write_atomically(path, png.getvalue())
+    return figure
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -414,10 +441,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\n--- speed")
         training = measure_training(options.engine, results, options.rounds)
         generation, samples = measure_generation(options.engine, results, options.rounds)
+        bpe_speed = measure_bpe(options.data, options.vocab_sizes[len(options.vocab_sizes) // 2])
     command = shlex.join(["python", "bench/tokenizers.py", *argv])
-    page = write_page(options, corpus, results, training, generation, samples, command)
+    page = write_page(options, corpus, results, training, generation, samples, bpe_speed, command)
     title = f"The same model, the same text, other tokens ({ENGINES[options.engine]}, {corpus.name})"
-    draw(options.out / "tokenizers.png", results, training, title)
+    png = io.BytesIO()
+    draw(results, training, title).savefig(png, format="png")
+    write_atomically(options.out / "tokenizers.png", png.getvalue())
     write_atomically(options.out / "tokenizers.md", page.encode())
     print(page)
     return 0

@@ -58,7 +58,13 @@ def read_bytes(path: str | os.PathLike, expected: str, *, max_bytes: int | None 
         if path.exists() and not path.is_file():
             raise UserError(f"{path} is not a regular file: expected {expected}")
         with open(path, "rb") as file:
-            content = file.read() if max_bytes is None else file.read(max_bytes + 1)
+            if max_bytes is None:
+                content = file.read()
+            else:  # read(n) sets n bytes aside, however few there are
+                size = min(os.fstat(file.fileno()).st_size, max_bytes)
+                content = file.read(size + 1)
+                if len(content) > size:  # it grew meanwhile, or is one of /proc's, which have no size
+                    content += file.read(max_bytes - size)
     except UserError:
         raise
     except FileNotFoundError as error:

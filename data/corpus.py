@@ -190,6 +190,9 @@ def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     import tyro  # here, so that programs which only want a corpus need not load it
 
+    # Here alone may this floor look up at training/: a command line is a program, and knows how programs fail.
+    from training.command import parse, run_program
+
     def arguments(
         corpus: Annotated[str, tyro.conf.Positional] = "shakespeare_char",
         source: Annotated[Path | None, tyro.conf.arg(name="from", metavar="FILE")] = None,
@@ -202,17 +205,16 @@ def main(argv: list[str] | None = None) -> int:
         """
         return corpus, source
 
-    name, source = tyro.cli(arguments, prog="python -m data.corpus", args=argv)
-    try:
+    def program() -> int:
+        name, source = parse(arguments, "python -m data.corpus", argv)
         if source is not None:
             if name != "shakespeare_char":
                 raise UserError(f"--from is for shakespeare_char, not for {name!r}: leave one of the two out")
             keep_shakespeare(read_bytes(source, "a copy of Tiny Shakespeare"), source)
         print(describe(load_corpus(name)))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+        return 0
+
+    return run_program(program)
 
 
 if __name__ == "__main__":

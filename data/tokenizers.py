@@ -568,6 +568,11 @@ def load(path: str | os.PathLike) -> Tokenizer:
         fields = json.loads(content.decode("utf-8"), object_pairs_hook=unique_names)
         if type(fields) is not dict:
             raise UserError(f"expected an object, not {shorten(fields)}")
+        if "kind" not in fields and type(fields.get("model")) is dict:
+            raise UserError(
+                "it is Hugging Face's, and not ours: take the merges.txt beside it, or the tokenizer.json of the run "
+                "that python -m tools.export from-hf makes of the whole model"
+            )
         kinds = {tokenizer.kind: tokenizer for tokenizer in (CharTokenizer, BPETokenizer)}
         kind = fields.get("kind")
         if type(kind) is not str or kind not in kinds:
@@ -694,6 +699,8 @@ def get_tokenizer(name_or_file: str, text: str, bpe_vocab_size: int = 1024) -> T
 
 def train_command(data: str | None, vocab_size: int, out: Path | None) -> None:
     """Train on a corpus' training split, and print the time, the first merges and how far they shorten the rest."""
+    if out is not None and os.path.lexists(out):
+        raise UserError(f"{out} exists already, and nothing is overwritten: choose another --out, or delete it")
     corpus = load_corpus(data)
     started = time.perf_counter()
     tokenizer = BPETokenizer.train(corpus.train_text, vocab_size)
@@ -723,6 +730,9 @@ def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     import tyro  # here, so that programs which only want a tokenizer need not load it
 
+    # Here alone may this floor look up at training/: a command line is a program, and knows how programs fail.
+    from training.command import parse, run_program
+
     def arguments(
         command: Annotated[Literal["train"], tyro.conf.Positional],
         data: Annotated[str | None, tyro.conf.arg(metavar="NAME|FILE")] = None,
@@ -739,16 +749,11 @@ def main(argv: list[str] | None = None) -> int:
         """
         return data, vocab_size, out
 
-    try:
-        train_command(*tyro.cli(arguments, prog="python -m data.tokenizers", args=argv))
-        sys.stdout.flush()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except BrokenPipeError:  # whoever read the output has seen enough; what is left would fail again at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    return 0
+    def program() -> int:
+        train_command(*parse(arguments, "python -m data.tokenizers", argv))
+        return 0
+
+    return run_program(program)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,10 @@ import pytest
 import torch
 
 import data.corpus
+import sample
+from data import UserError
 from tests.runs import ENGINES, ROOT, SMALL, arguments, command, measured, run, start, write_text
+from training.command import run_program
 from training.config import PRESETS
 from training.run import read_config
 
@@ -194,7 +197,7 @@ def test_what_cannot_be_is_one_line(
         pytest.skip("mps is available here")
     assert start(engine, text, **{"run_dir": tmp_path / "run"} | flags) == 1
     assert said in one_line(capsys.readouterr().err)
-    assert not (tmp_path / "run" / "config.json").exists(), "nothing was begun"
+    assert list(tmp_path.iterdir()) == [], "nothing was begun, and nothing is left"
 
 
 @pytest.mark.parametrize(
@@ -236,6 +239,129 @@ def test_not_enough_memory_is_one_line(
     monkeypatch.setattr("train_numpy.GPT", too_large)
     assert start("numpy", text, tmp_path / "run") == 1
     assert "not enough memory: Unable to allocate 7.28 TiB" in one_line(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("file", ["config.json", "note.txt"])
+def test_a_refused_run_deletes_nothing_but_its_own_lock(
+    file: str, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder was there, empty; or it was not, and something came into it before the run was refused."""
+
+    def refuse(folder: Path, *_: object) -> None:
+        if file == "note.txt":
+            (folder / file).write_text("mine")
+        raise UserError("no")
+
+    monkeypatch.setattr("training.run.begin_run", refuse)
+    if file == "config.json":
+        (tmp_path / "run").mkdir()
+    assert start("numpy", text, tmp_path / "run") == 1
+    kept = {"lock"} if file == "config.json" else {"lock", "note.txt"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == kept
+
+
+def test_an_interrupted_beginning_leaves_no_folder(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("training.run.get_tokenizer", interrupted)
+    assert start("numpy", text, tmp_path / "run") == 130
+    assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr().err == ""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What every program does when something fails
+
+
+WRITERS = [
+    ["bigram.py", "--data", "verse", "--steps", "1"],
+    ["-m", "data.corpus", "verse"],
+    ["train_numpy.py", "--help"],
+    ["-c", "from training.command import run_program as r\ndef main():\n print('a' * 99999)\n return 0\nexit(r(main))"],
+]
+
+
+def ran(argv: list[str], stdout: int) -> tuple[int, str]:
+    """Exit status and stderr of a program that keeps what it prints in a buffer, as Python does unless it is told."""
+    env = os.environ | {"PYTHONUNBUFFERED": ""}
+    done = subprocess.run(
+        [sys.executable, *argv], cwd=ROOT, env=env, stdout=stdout, stderr=subprocess.PIPE, encoding="utf-8", timeout=60
+    )
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize("argv", WRITERS, ids=lambda argv: argv[0])
+def test_a_reader_that_has_gone_is_no_error_to_speak_of(argv: list[str]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        assert ran(argv, writer) == (1, "")
+    finally:
+        os.close(writer)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize("argv", WRITERS, ids=lambda argv: argv[0])
+def test_a_disk_that_is_full_is_one_line(argv: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        assert ran(argv, full.fileno()) == (1, "error: No space left on device\n")
+
+
+def test_an_error_is_told_even_if_nobody_reads_what_came_before_it() -> None:
+    code = (
+        "from data import UserError\nfrom training.command import run_program\n"
+        "def main():\n print('this will stay in the buffer')\n raise UserError('why')\n"
+        "exit(run_program(main))"
+    )
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        assert ran(["-c", code], writer) == (1, "error: why\n")
+    finally:
+        os.close(writer)
+
+
+def test_a_closed_standard_output_is_no_error() -> None:
+    argv = [sys.executable, "-m", "data.corpus", "verse"]
+    done = subprocess.run(["sh", "-c", '"$@" >&-', "sh", *argv], cwd=ROOT, capture_output=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def failing(error: BaseException) -> int:
+    def main() -> int:
+        raise error
+
+    return run_program(main)
+
+
+def test_a_missing_package_is_one_line(capsys: pytest.CaptureFixture) -> None:
+    assert failing(ModuleNotFoundError(name="torch")) == 1
+    assert capsys.readouterr().err == "error: needs the package torch: pip install -r requirements-dev.txt\n"
+
+
+@pytest.mark.parametrize("name", ["training", "numpygpt", "data", "resource", "torch.nn.no_such", None])
+def test_a_module_that_nobody_can_install_is_a_bug(name: str | None) -> None:
+    with pytest.raises(ModuleNotFoundError):
+        failing(ModuleNotFoundError(name=name))
+
+
+@pytest.mark.parametrize("code", [0, 2, None])
+def test_an_exit_status_is_handed_on(code: int | None) -> None:
+    assert failing(SystemExit(code)) == (code or 0)
+
+
+def test_sampling_with_an_engine_that_is_not_installed(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    assert start("numpy", text, tmp_path / "run", max_steps=1, decay_steps=3) == 0
+    capsys.readouterr()
+    monkeypatch.setitem(sys.modules, "torch", None)  # importing it now raises ModuleNotFoundError
+    argv = [str(tmp_path / "run"), "--prompt", "A", "--engine", "torch"]
+    assert run_program(lambda: sample.main(argv)) == 1
+    assert one_line(capsys.readouterr().err) == "error: needs the package torch: pip install -r requirements-dev.txt\n"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -6,8 +6,10 @@ import http.client
 import io
 import os
 import socket
+import stat
 import subprocess
 import sys
+import tracemalloc
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -315,6 +317,26 @@ def test_a_file_put_there_by_hand_is_verified(place):
     assert load_corpus("shakespeare_char").text == CONTENT.decode()
 
 
+def test_a_large_limit_costs_nothing(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"12345")
+    tracemalloc.start()
+    try:
+        assert read_bytes(path, "a file", max_bytes=1 << 40) == b"12345"
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_file_that_says_it_is_shorter_than_it_is_is_read_whole(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    path.write_bytes(b"12345")
+    monkeypatch.setattr(os, "fstat", lambda handle: os.stat_result([stat.S_IFREG] + [0] * 9))
+    assert read_bytes(path, "a file", max_bytes=5) == b"12345"
+    with pytest.raises(UserError, match="has more than 4 bytes"):
+        read_bytes(path, "a file", max_bytes=4)
+
+
 # Writing
 
 
@@ -397,6 +419,22 @@ def test_the_command_says_what_is_wrong_in_one_line(place, capsys, arguments, fa
     printed = capsys.readouterr()
     assert printed.err.startswith(f"error: {fault}")
     assert len(printed.err.splitlines()) == 1
+
+
+def test_a_flag_that_makes_no_sense_is_one_line_too(capsys):
+    assert corpus.main(["--frobnicate"]) == 2
+    printed = capsys.readouterr()
+    assert printed.err == "error: Unrecognized options: --frobnicate (see python -m data.corpus --help)\n"
+    assert printed.out == ""
+
+
+def test_an_interrupted_command_says_nothing(monkeypatch, capsys):
+    def interrupted(name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(corpus, "load_corpus", interrupted)
+    assert corpus.main(["verse"]) == 130
+    assert capsys.readouterr() == ("", "")
 
 
 def test_the_command_runs():

@@ -102,7 +102,7 @@ def test_best_holds_the_average_and_last_both(kind: str, tmp_path: Path) -> None
     assert json.loads((run_dir / "last" / "state.json").read_text())["best_step"] == 12
     assert all(np.array_equal(best[name], moments[f"ema.{name}"]) for name in last)
     assert any((best[name] != last[name]).any() for name in last)
-    config, weights, tokenizer = sample.load_run(run_dir)
+    config, weights, tokenizer = sample.load_for_sampling(run_dir)
     tokens = tokenizer.encode((tmp_path / "text.txt").read_text()[3600:])
     loss = evaluate(lambda *batch: GPT(config, weights, dtype=np.float64).forward(*batch)[1], tokens, config.block_size)
     assert loss == pytest.approx(measured(run_dir)[-1]["loss"], rel=1e-12), "what sample.py loads is what was measured"

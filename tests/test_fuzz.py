@@ -281,7 +281,7 @@ def sampled(run_dir: Path) -> dict[str, np.ndarray] | None:
     loaded = []
 
     def load() -> int:
-        loaded.append(sample.load_run(run_dir)[1])
+        loaded.append(sample.load_for_sampling(run_dir)[1])
         return 0
 
     refused_in_one_line(lambda: sample.run_program(load))

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -12,9 +13,12 @@ import pytest
 
 import numpygpt
 from data import UserError
+from data.tokenizers import CharTokenizer
+from numpygpt import GPTConfig
 from tests.helpers import ROOT
-from tests.runs import start, write_text
+from tests.runs import resume, start, write_text
 from tools import pictures, trace
+from tools.export import write_run
 from training.metrics import read_metrics
 
 PAGE = (ROOT / "docs" / "pictures.md").read_text(encoding="utf-8")
@@ -53,6 +57,44 @@ def test_every_picture_is_drawn(run: Path, tmp_path: Path, capsys: pytest.Captur
     written = [Path(line) for line in capsys.readouterr().out.splitlines()]
     assert [path.stem for path in written] == list(pictures.PICTURES)
     assert all(min(size(path.read_bytes())) > 300 for path in written)
+
+
+def drawn(folder: Path, *argv: str) -> set[str]:
+    """The names of the pictures of a run, drawn anew."""
+    shutil.rmtree(folder / "pictures", ignore_errors=True)
+    assert pictures.main([str(folder), *argv]) == 0
+    return {path.stem for path in (folder / "pictures").iterdir()}
+
+
+def test_an_imported_run_shows_what_it_knows_and_no_training(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """A failure: pictures of a training that never was. Fine-tuned, it has gradients; its beginning is not known."""
+    text, imported = write_text(tmp_path), tmp_path / "run"
+    tokenizer = CharTokenizer.from_text(text.read_text(encoding="utf-8"))
+    config = GPTConfig(tokenizer.vocab_size, 16, n_layer=1, n_head=1, n_embd=8, dropout=0.0)
+    write_run(imported, config, numpygpt.init_params(config, 1, np.float32), tokenizer)
+    with pytest.raises(UserError, match="prompt must be given"):
+        pictures.main([str(imported)])
+    capsys.readouterr()
+    assert drawn(imported, "--prompt", PROMPT) == set(pictures.PICTURES) - {"gradients", "first_steps", "grad_norm"}
+    assert capsys.readouterr().err.splitlines() == [
+        "without gradients.png: the run's beginning cannot be made again: its weights were imported",
+        "without first_steps.png: the run's beginning cannot be made again: its weights were imported",
+        "without grad_norm.png: metrics.jsonl has no gradients yet",
+    ]
+
+    assert resume("numpy", imported, data=text, max_steps=12, batch_size=4, grad_accum=1, log_interval=1) == 0
+    assert drawn(imported) == set(pictures.PICTURES) - {"gradients", "first_steps"}
+
+
+def test_another_text_is_not_taken_for_the_run_s(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    text, folder = write_text(tmp_path), tmp_path / "run"
+    assert start("numpy", text, folder) == 0
+    text.write_text(text.read_text(encoding="utf-8")[::-1], encoding="utf-8")
+    with pytest.raises(UserError, match="prompt must be given"):
+        pictures.main([str(folder)])
+    capsys.readouterr()
+    assert drawn(folder, "--prompt", PROMPT[:16]) == set(pictures.PICTURES) - {"gradients", "first_steps"}
+    assert f"{text} has changed since" in capsys.readouterr().err
 
 
 def test_attention_is_what_the_engine_computed(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

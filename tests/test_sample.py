@@ -12,8 +12,12 @@ import torch
 
 import sample
 import torchgpt
+from data import UserError
+from data.tokenizers import CharTokenizer
 from tests.runs import ROOT, command, start, write_text
+from tools import export
 from training.command import run_program
+from training.run import load_run, read_config
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +148,9 @@ def test_vocabulary_entries_without_a_token_are_never_drawn(tmp_path: Path, caps
     assert start("numpy", text, tmp_path / "run", vocab_size=5000, max_steps=1, decay_steps=3) == 0
     shown = sampled(tmp_path / "run", "--temperature", 5, "--max-new-tokens", 50, capsys=capsys)
     assert len(shown) == 51
+    whole, cut = load_run(tmp_path / "run"), sample.load_for_sampling(tmp_path / "run")
+    assert (whole[0].vocab_size, len(whole[1]["wte.weight"])) == (5000, 5000)
+    assert cut[0].vocab_size == len(cut[1]["wte.weight"]) == cut[2].vocab_size < 5000
 
 
 def test_a_run_that_was_never_best_samples_from_last(
@@ -182,6 +189,23 @@ def test_settings_that_make_no_sense(
 def test_a_folder_that_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert "is not a run: it has no config.json" in refused(tmp_path, capsys=capsys)
     assert "no file" in refused(tmp_path / "nowhere", capsys=capsys)
+
+
+def test_a_model_of_hugging_faces_is_told_from_a_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2", "n_layer": 2}')
+    said = f"import it by python -m tools.export from-hf {tmp_path} RUN"
+    assert said in refused(tmp_path, capsys=capsys)
+    assert run_program(lambda: export.main(["info", str(tmp_path)])) == 1
+    assert said in capsys.readouterr().err
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    vocab_size = read_config(run_dir).model.vocab_size
+    assert load_run(run_dir)[0].vocab_size == vocab_size
+    monkeypatch.setattr("training.run.load", lambda path: CharTokenizer("".join(map(chr, range(vocab_size + 1)))))
+    for loads in (load_run, sample.load_for_sampling):
+        with pytest.raises(UserError, match=f"has {vocab_size + 1} tokens, more than the model's {vocab_size}"):
+            loads(run_dir)
 
 
 def test_a_prompt_that_is_not_utf8(run_dir: Path) -> None:

@@ -525,6 +525,7 @@ BPE = {"kind": "bpe", "byte_order": list(range(256)), "merges": [], "special_tok
         ("null", "expected an object, not None"),
         ("9" * 10_000, "digits"),
         ("{}", "kind must be one of char, bpe, not None"),
+        ({"version": "1.0", "model": {"type": "BPE"}}, "it is Hugging Face's, and not ours: take the merges.txt"),
         ({"kind": "word"}, "kind must be one of char, bpe, not 'word'"),
         ({"kind": ["char"]}, r"kind must be one of char, bpe, not \['char'\]"),
         ({"kind": "x" * 10_000}, "kind must be one of .*xxx"),
@@ -762,6 +763,37 @@ def test_the_command_says_what_is_wrong_in_one_line(capsys, arguments, fault):
     printed = capsys.readouterr()
     assert printed.err.startswith(f"error: {fault}")
     assert len(printed.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("arguments", [["train", "--vocab-size", "many"], ["train", "--frobnicate"], []])
+def test_flags_that_make_no_sense_are_one_line_too(capsys, arguments):
+    assert tokenizers.main(arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith("error: ")
+    assert printed.err.endswith(" (see python -m data.tokenizers --help)\n")
+    assert len(printed.err.splitlines()) == 1
+
+
+def test_an_interrupted_command_says_nothing(monkeypatch, capsys):
+    def interrupted(name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tokenizers, "load_corpus", interrupted)
+    assert tokenizers.main(["train"]) == 130
+    assert capsys.readouterr() == ("", "")
+
+
+def test_the_command_overwrites_nothing(tmp_path, capsys):
+    """Not even the text that it learns from, which is easily named by mistake."""
+    text, link = tmp_path / "text", tmp_path / "link"
+    text.write_text("aaabdaaabac" * 20)
+    link.symlink_to(tmp_path / "nowhere")
+    for out in (text, link):
+        assert tokenizers.main(["train", "--data", str(text), "--vocab-size", "258", "--out", str(out)]) == 1
+        error = f"error: {out} exists already, and nothing is overwritten: choose another --out, or delete it\n"
+        assert capsys.readouterr() == ("", error)
+    assert text.read_text() == "aaabdaaabac" * 20
+    assert link.is_symlink()
 
 
 def test_the_command_runs():

@@ -25,12 +25,12 @@ import numpy as np
 import tyro
 
 from data import UserError
-from data.tokenizers import Tokenizer, load, save
+from data.tokenizers import Tokenizer, save
 from numpygpt import GPTConfig, Params, param_shapes
-from training.checkpoint import TOKENIZER, Checkpoint, State, load_weights, locate, save_checkpoint, sync_folder
+from training.checkpoint import MODEL, OPTIMIZER, STATE, TOKENIZER, State, sha256, state_json, sync_folder, write_file
 from training.command import parse, run_program
 from training.config import TrainConfig
-from training.run import NO_CORPUS, RunConfig, read_config, write_config
+from training.run import NO_CORPUS, RunConfig, load_run, read_config, write_config
 
 RunFolder = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
 
@@ -93,21 +93,14 @@ class Info:
 # Runs
 
 
-def load_run(folder: Path) -> tuple[GPTConfig, Params, Tokenizer]:
-    """The model, weights and tokenizer of a run's best checkpoint, or of its last. Raises UserError."""
-    config = read_config(folder).model
-    checkpoint = locate(folder, "best") or locate(folder, "last")
-    if checkpoint is None:
-        raise UserError(f"{folder} has no checkpoint yet: it is saved at the first evaluation")
-    return config, load_weights(checkpoint, config), load(folder / TOKENIZER)
-
-
 def write_run(folder: Path, config: GPTConfig, params: Params, tokenizer: Tokenizer) -> None:
     """A new run that has made no step: the weights, and an optimizer that has seen nothing. Raises UserError, OSError.
 
     There is no best/: nothing has been measured. The recipe is one for fine-tuning, a rate low and constant; the
     trainers' --resume takes it, with whatever text is to be learned from.
     """
+    from tools.hf import write_tensors
+
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(f"the tokenizer has {tokenizer.vocab_size} tokens, more than the model's {config.vocab_size}")
     recipe = TrainConfig(
@@ -121,11 +114,19 @@ def write_run(folder: Path, config: GPTConfig, params: Params, tokenizer: Tokeni
         grad_accum=16,
         dtype="float64" if params["wte.weight"].dtype == np.float64 else "auto",
     )
-    m, v = ({name: np.zeros_like(param) for name, param in params.items()} for _ in "mv")
+    # The moments are one 0, seen from everywhere: twice the weights on the disk, and nothing in memory.
+    zeros = {name: np.broadcast_to(param.dtype.type(0), param.shape) for name, param in params.items()}
+    moments = {f"{kind}.{name}": zero for kind in "mv" for name, zero in zeros.items()}
     state = State(step=0, t=0, best_step=None, best_loss=None, seconds=0.0, engine="numpy")
     with scratch(folder) as new:
         save(tokenizer, new / TOKENIZER)
-        save_checkpoint(new, "last", Checkpoint(params, m, v, state), config)
+        last = new / "last"
+        last.mkdir()
+        hashes = {TOKENIZER: sha256((new / TOKENIZER).read_bytes())}
+        hashes[MODEL] = write_tensors(last / MODEL, params)
+        hashes[OPTIMIZER] = write_tensors(last / OPTIMIZER, moments)
+        write_file(last / STATE, state_json(state, config, hashes))
+        sync_folder(last)
         write_config(new, RunConfig("numpy", "gpt2", NO_CORPUS, config, recipe, []))
         put_in_place(new, folder)
 
@@ -170,6 +171,11 @@ def refuse_existing(target: Path) -> None:
 
 
 def from_hf(source: Path, run: Path, tokenizer: str | None) -> None:
+    """Make a run of a GPT-2 folder or weights file, with the named tokenizer or the folder's, and say what came in.
+
+    Raises UserError if the run exists, or if source or tokenizer cannot be read or are not of this architecture;
+    OSError as any write does. Then there is no run.
+    """
     from tools.hf import read_hf
     from tools.hf_tokenizer import read_tokenizer
 
@@ -180,6 +186,7 @@ def from_hf(source: Path, run: Path, tokenizer: str | None) -> None:
 
 
 def from_nanogpt(source: Path, run: Path, n_head: int, tokenizer: str) -> None:
+    """Make a run of a nanoGPT state dict, say what came in, and warn of its GELU. Raises what from_hf does."""
     from tools.hf import read_nanogpt
     from tools.hf_tokenizer import read_tokenizer
 
@@ -205,6 +212,11 @@ def report(run: Path, config: GPTConfig, notes: Sequence[str]) -> None:
 
 
 def to_hf(run: Path, folder: Path) -> None:
+    """Write a run's best checkpoint as a folder for Hugging Face.
+
+    Raises UserError if the folder exists, if the run cannot be read, or if its tokenizer cannot be said in Hugging
+    Face's format; OSError as any write does. Then there is no folder.
+    """
     from tools.hf import write_hf
 
     refuse_existing(folder)
@@ -216,19 +228,41 @@ def to_hf(run: Path, folder: Path) -> None:
 
 
 def to_onnx(run: Path, file: Path) -> None:
-    from tools.onnx_graph import OPSET, compare, write_onnx
+    """Write a run's best checkpoint as an ONNX file, checked by onnx and, where there is one, by onnxruntime.
 
+    Raises UserError if the run cannot be read, if onnx is not installed, if the file or its <file>.data exists, and if
+    the graph's logits are not NumPy's; OSError as any write does. Then nothing is left behind.
+    """
+    from tools.onnx_graph import OPSET, TOLERANCE, compare, write_onnx
+
+    beside = file.with_name(f"{file.name}.data")  # where weights too large for the file go
     refuse_existing(file)
+    refuse_existing(beside)
     config, params, _ = load_run(run)
     with scratch(file) as new:
         write_onnx(new / file.name, config, params)
-        found = compare(new / file.name, config, params)
-        for path in sorted(new.iterdir(), key=lambda path: path.name == file.name):  # the one that names the other last
-            put_in_place(path, file.with_name(path.name))
-            if path.name != file.name:
-                print(f"{file.with_name(path.name)}: the weights, too large for one file; keep the two together")
+        apart, allowed = compare(new / file.name, config, params), TOLERANCE[params["wte.weight"].dtype.name]
+        if apart is not None and not apart <= allowed:
+            raise UserError(
+                f"onnxruntime's logits are {apart:.1e} of the largest away from NumPy's, and {allowed:.0e} is allowed: "
+                f"{file} was not written"
+            )
+        files = [path for path in (beside, file) if (new / path.name).exists()]  # the one that names the other last
+        try:
+            for path in files:
+                put_in_place(new / path.name, path)
+        except BaseException:  # also Ctrl-C: half a model would only be in the way
+            for path in files:
+                if not (new / path.name).exists():  # it has moved
+                    path.unlink(missing_ok=True)
+            raise
     print(f"{file}: ONNX, opset {OPSET}, idx (B, T) int64 -> logits (B, T, V); passed onnx.checker")
-    print(found)
+    if beside in files:
+        print(f"{beside}: the weights, too large for one file; keep the two together")
+    if apart is None:
+        print("not compared with NumPy's logits: onnxruntime is not installed")
+    else:
+        print(f"onnxruntime: logits within {apart:.1e} of NumPy's, relative to the largest")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

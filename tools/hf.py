@@ -8,8 +8,9 @@ differ from ours, and they are dealt with here, at the border:
     biases     always there: a model without gets zeros, and config.json a field "bias" that says so
 
 nanoGPT has our layout, and torch.compile may have put _orig_mod. before every name. Whatever a config.json asks for
-that this architecture is not is refused by name. A safetensors file is mapped into memory, not read: what is only
-looked at is never copied. Pickles are not read at all: they can run code.
+that this architecture is not is refused by name. A safetensors file is mapped into memory, not read, and written piece
+by piece: a model passes through in little more memory than its file takes. Pickles are not read at all: they can run
+code.
 """
 
 import hashlib
@@ -21,6 +22,7 @@ import re
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +44,7 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 # The numbers that can be read, and how their bytes lie. NumPy has no bfloat16: it is the upper half of a float32.
 DTYPES = {"F16": "<f2", "BF16": "<u2", "F32": "<f4", "F64": "<f8"}
 OURS = {"float32": "F32", "float64": "F64"}
+PIECE = 1 << 22  # bytes that are looked at or written at once
 
 # Beside the sizes, what a GPT-2 config.json may say. The first value is GPT-2's default, which a file may leave out.
 ARCHITECTURE = {
@@ -66,7 +69,7 @@ class Imported:
     """A model from elsewhere, in our terms."""
 
     config: GPTConfig
-    params: Params  # one dtype, float32 or float64; what needed no change lies in the mapped file, read-only
+    params: Params  # one dtype, float32 or float64; where that is the file's, read-only views of the mapped file
     notes: tuple[str, ...]  # what was changed on the way, for people to read
 
 
@@ -101,18 +104,17 @@ class Stored:
         return view if view.flags.aligned else view.copy()
 
 
-def map_tensors(path: Path, expected: str, max_bytes: int | None = None) -> dict[str, Stored]:
+def map_weights(path: Path) -> dict[str, Stored]:
     """The tensors of a safetensors file by name. Nothing but its header is read.
 
-    Raises UserError, which says what was `expected` there, if there is no such file, anything else in it, or more than
-    max_bytes.
+    Raises UserError if there is no such file, if anything else is in it or nothing at all, or if the name is one that
+    pickles go by.
     """
+    refuse_pickle(path)
     size = path.stat().st_size if path.is_file() else 0
-    if max_bytes is not None and size > max_bytes:
-        raise UserError(f"{path} has {size:,} bytes, more than {max_bytes:,}: expected {expected}")
     if os.name == "nt" or size == 0:
         # Windows would not let a trainer replace a mapped file; and what cannot be mapped gets its message here.
-        content = read_bytes(path, expected)
+        content = read_bytes(path, "weights as safetensors")
     else:
         with open(path, "rb") as file:
             content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -124,7 +126,18 @@ def map_tensors(path: Path, expected: str, max_bytes: int | None = None) -> dict
             raise UserError(f"{path}: tensor {shorten(name)} is described by {shorten(entry)}")
         start, end = offsets
         tensors[name] = Stored(path, name, content, dtype, tuple(shape), first + start, end - start)
+    if not tensors:
+        raise UserError(f"{path} holds no tensors: expected a model's weights")
     return tensors
+
+
+def refuse_pickle(path: Path) -> None:
+    """Raises UserError if the name is one that pickles go by. Nothing is opened."""
+    if path.suffix in PICKLES:
+        raise UserError(
+            f"{path} is a pickle, which can run code when it is read: convert it to safetensors where you trust it, "
+            "as docs/ecosystem.md shows"
+        )
 
 
 def is_counts(value: object) -> bool:
@@ -135,8 +148,8 @@ def is_counts(value: object) -> bool:
 def write_tensors(path: Path, tensors: Params, metadata: dict[str, str] | None = None) -> str:
     """A new safetensors file, on the disk when this returns -> its SHA-256. Raises OSError.
 
-    The tensors go to the disk from where they are, by name; only one that does not lie in order is copied, for as long
-    as that takes.
+    The tensors go to the disk from where they are, by name. One that does not lie in order, a view of another, is put
+    in order piece by piece: so what broadcast_to makes, or a transposition, costs next to no memory.
     """
     tensors = dict(sorted(tensors.items()))
     header: dict[str, dict] = {} if metadata is None else {"__metadata__": metadata}
@@ -148,13 +161,19 @@ def write_tensors(path: Path, tensors: Params, metadata: dict[str, str] | None =
     head += b" " * (-len(head) % 8)  # so that the numbers are aligned
     digest = hashlib.sha256()
     with open(path, "xb") as file:
-        for part in (len(head).to_bytes(8, "little"), head, *tensors.values()):
-            part = np.ascontiguousarray(part) if isinstance(part, np.ndarray) else part
+        for part in chain([len(head).to_bytes(8, "little"), head], *map(pieces, tensors.values())):
             digest.update(part)
             file.write(part)
         file.flush()
         os.fsync(file.fileno())
     return digest.hexdigest()
+
+
+def pieces(tensor: np.ndarray) -> Iterator[np.ndarray]:
+    """The tensor's numbers in order, row by row, of at most some PIECE bytes at once."""
+    rows = max(1, PIECE * len(tensor) // max(1, tensor.nbytes))
+    for first in range(0, len(tensor), rows):
+        yield np.ascontiguousarray(tensor[first : first + rows])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -171,8 +190,7 @@ def read_hf(source: Path) -> Imported:
     if not path.exists():
         raise UserError(f"{folder} has no {CONFIG}: expected the folder of a GPT-2 model")
     config, notes = read_hf_config(path)
-    tensors = by_our_names(stored, path)
-    params, converted = read_params(tensors, config, conv1d=True)
+    params, converted = read_params(source, by_our_names(stored, source), config, conv1d=True)
     if not config.bias:  # as write_hf says it
         for name in [name for name in params if name.endswith(".bias")]:
             if params.pop(name).any():
@@ -189,22 +207,8 @@ def read_nanogpt(path: Path, n_head: int) -> Imported:
     (V, C), (T, _) = shapes.values()
     n_layer = len({name.split(".")[1] for name in tensors if name.startswith("h.")})
     config = sized(path, V, T, n_layer=n_layer, n_head=n_head, n_embd=C, dropout=0.0, bias="ln_f.bias" in tensors)
-    params, notes = read_params(tensors, config, conv1d=False)
+    params, notes = read_params(path, tensors, config, conv1d=False)
     return Imported(config, params, tuple(notes))
-
-
-def map_weights(path: Path) -> dict[str, Stored]:
-    """The tensors of a safetensors file. Raises UserError, also if the name is one that pickles go by."""
-    refuse_pickle(path)
-    return map_tensors(path, "weights as safetensors")
-
-
-def refuse_pickle(path: Path) -> None:
-    if path.suffix in PICKLES:
-        raise UserError(
-            f"{path} is a pickle, which can run code when it is read: convert it to safetensors where you trust it, "
-            "as docs/ecosystem.md shows"
-        )
 
 
 def find_weights(source: Path) -> Iterator[tuple[str, Stored]]:
@@ -242,10 +246,13 @@ def read_hf_config(path: Path) -> tuple[GPTConfig, list[str]]:
             raise UserError(f"{path}: {name} is {shorten(value)}, but this architecture has {expected}")
     if fields.get("quantization_config") is not None:
         raise UserError(f"{path}: quantization_config is there, but this architecture has no quantized weights")
+    dropouts = {name: fields.get(name, 0.1) for name in DROPOUTS}
+    for name, value in dropouts.items():
+        if type(value) not in (int, float) or not 0 <= value < 1:
+            raise UserError(f"{path}: {name} must be a number in [0, 1), got {shorten(value)}")
     C, inner = fields.get("n_embd", 768), fields.get("n_inner")
     if inner is not None and (type(C) is not int or inner != 4 * C):
         raise UserError(f"{path}: n_inner is {shorten(inner)}, but this architecture has 4 n_embd")
-    dropouts = {name: fields.get(name, 0.1) for name in DROPOUTS}
     config = sized(
         path,
         fields.get("vocab_size", 50257),
@@ -273,7 +280,7 @@ def sized(path: Path, vocab_size: int, block_size: int, **sizes: object) -> GPTC
     return config
 
 
-def by_our_names(stored: dict[str, Stored], path: Path) -> dict[str, Stored]:
+def by_our_names(stored: dict[str, Stored], source: Path) -> dict[str, Stored]:
     """The tensors without their prefixes, and without the buffers that hold masks. Raises UserError."""
     tensors: dict[str, Stored] = {}
     for name, tensor in stored.items():
@@ -281,22 +288,25 @@ def by_our_names(stored: dict[str, Stored], path: Path) -> dict[str, Stored]:
         if MASK.fullmatch(ours):
             continue
         if ours in tensors:
-            raise UserError(f"{path}: {tensors[ours].name} and {name} are the same tensor")
+            raise UserError(f"{source}: {tensors[ours].name} and {name} are the same tensor")
         tensors[ours] = tensor
     return tensors
 
 
-def read_params(tensors: dict[str, Stored], config: GPTConfig, *, conv1d: bool) -> tuple[Params, list[str]]:
+def read_params(
+    source: Path, tensors: dict[str, Stored], config: GPTConfig, *, conv1d: bool
+) -> tuple[Params, list[str]]:
     """All parameters of the config in our layout, and what to say about them. Raises UserError that names the tensor.
 
+    source: the folder or file that the tensors are from
     conv1d: linear layers are (in, out), as in Hugging Face's GPT-2, and it always has biases
     """
-    path = next(iter(tensors.values())).path if tensors else None
     shapes = param_shapes(GPTConfig(**asdict(config) | {"bias": config.bias or conv1d}))
     head = tensors.pop(HEAD, None)
     for name in [*shapes, *tensors]:
         if name not in tensors or name not in shapes:
-            raise UserError(f"{path}: tensor {shorten(name)} is {'missing' if name in shapes else 'not of this model'}")
+            fault = "missing" if name in shapes else "not of this model"
+            raise UserError(f"{source}: tensor {shorten(name)} is {fault}")
     for name, shape in shapes.items():
         expected = shape[::-1] if conv1d and CONV1D.fullmatch(name) else shape
         tensor = tensors[name]
@@ -312,9 +322,9 @@ def read_params(tensors: dict[str, Stored], config: GPTConfig, *, conv1d: bool) 
     params = {}
     for name in shapes:
         array = tensors[name].read().astype(dtype, copy=False)
-        if not np.isfinite(array).all():
+        if not all(np.isfinite(piece).all() for piece in pieces(array)):
             raise UserError(f"{tensors[name].path}: {tensors[name].name} has NaN or infinite entries")
-        params[name] = np.ascontiguousarray(array.T) if conv1d and CONV1D.fullmatch(name) else array
+        params[name] = array.T if conv1d and CONV1D.fullmatch(name) else array
     if head is not None and not (head.dtype in DTYPES and np.array_equal(head.read(), params["wte.weight"])):
         raise UserError(f"{head.path}: {head.name} is not wte.weight, but this architecture's head is tied to it")
     names = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}

@@ -29,16 +29,16 @@ import tyro
 
 import numpygpt
 from data import UserError, write_atomically
-from data.corpus import load_corpus
+from data.corpus import Corpus, load_corpus
 from data.tokenizers import Tokenizer
 from numpygpt import GPT, AdamW, GPTConfig, Params, clip_grad_norm
-from sample import load_run
+from sample import load_for_sampling
 from tools.trace import Trace, trace_numpy
 from training.batches import Batches, step_rng
 from training.command import parse, run_program
 from training.config import TrainConfig, learning_rate
 from training.metrics import read_metrics
-from training.run import METRICS, read_config
+from training.run import METRICS, NO_CORPUS, RunConfig, read_config
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -72,9 +72,10 @@ class Subject:
     tokenizer: Tokenizer
     training: TrainConfig
     metrics: list[dict]
-    train_tokens: np.ndarray  # (n,)
+    train_tokens: np.ndarray  # (n,), none of them if the run has no text of its own
     ids: np.ndarray  # (T + 1,) of the prompt
     trace: Trace  # of the model on ids[:-1], with the targets ids[1:]
+    left_out: dict[str, str]  # {picture: why it cannot be drawn}
 
     def labels(self, ids: np.ndarray) -> list[str]:
         """What the tokens stand for, with white space made visible."""
@@ -88,19 +89,44 @@ def visible(text: str) -> str:
 
 def load_subject(run: Path, prompt: str | None) -> Subject:
     """Everything the pictures need from a run. Raises UserError."""
-    config, weights, tokenizer = load_run(run)
+    config, weights, tokenizer = load_for_sampling(run)
     weights = {name: value.astype(np.float64) for name, value in weights.items()}
-    training = read_config(run).training
-    corpus = load_corpus(training.data)
+    settings = read_config(run)
+    corpus = own_corpus(settings)
     longest = min(config.block_size, MAX_PROMPT)
-    ids = tokenizer.encode(corpus.val_text[: 4 * longest] if prompt is None else prompt).astype(np.int64)
-    if prompt is None:
-        ids = ids[: longest + 1]
+    if prompt is not None:
+        ids = tokenizer.encode(prompt).astype(np.int64)
+    elif corpus is not None:
+        ids = tokenizer.encode(corpus.val_text[: 4 * longest]).astype(np.int64)[: longest + 1]
+    else:
+        raise UserError(f"prompt must be given: the text that {run} learned from is not here")
     if not 3 <= len(ids) <= longest + 1:
         raise UserError(f"prompt must have 3 to {longest + 1} tokens to be drawn, got {len(ids)}")
     trace = trace_numpy(config, weights, ids[None, :-1], ids[None, 1:])
-    train_tokens = tokenizer.encode(corpus.train_text)
-    return Subject(config, weights, tokenizer, training, read_metrics(run / METRICS), train_tokens, ids, trace)
+    train_tokens = tokenizer.encode("" if corpus is None else corpus.train_text)
+    metrics = read_metrics(run / METRICS)
+
+    left_out = {}
+    if corpus is None or was_imported(settings):
+        why = "its weights were imported" if was_imported(settings) else f"{settings.training.data} has changed since"
+        left_out = dict.fromkeys(("gradients", "first_steps"), f"the run's beginning cannot be made again: {why}")
+    if not any("grad_norm" in line for line in metrics):
+        left_out["grad_norm"] = f"{METRICS} has no gradients yet"
+    return Subject(config, weights, tokenizer, settings.training, metrics, train_tokens, ids, trace, left_out)
+
+
+def own_corpus(settings: RunConfig) -> Corpus | None:
+    """The text that a run learned from; None if it has learned from none, or is another now. Raises UserError."""
+    if settings.corpus_sha256 == NO_CORPUS:
+        return None
+    corpus = load_corpus(settings.training.data)
+    return corpus if corpus.sha256 == settings.corpus_sha256 else None
+
+
+def was_imported(settings: RunConfig) -> bool:
+    """Whether the run's first weights came from elsewhere: only such a run was once without a corpus."""
+    texts = [change.get("data") for change in settings.changes]  # [before, after]
+    return settings.corpus_sha256 == NO_CORPUS or any(type(pair) is list and pair[:1] == [None] for pair in texts)
 
 
 def new_figure(width: float, height: float) -> "Figure":
@@ -434,6 +460,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     out = options.run / "pictures" if options.out is None else options.out
     subject = load_subject(options.run, options.prompt)
     for name, draw in PICTURES.items():
+        if name in subject.left_out:
+            print(f"without {name}.png: {subject.left_out[name]}", file=sys.stderr)
+            continue
         path = out / f"{name}.png"
         write_atomically(path, png(draw(subject)))
         print(path)

@@ -32,8 +32,8 @@ import numpygpt
 from data import UserError
 from data.tokenizers import CharTokenizer
 from numpygpt import GPTConfig, Params
-from sample import load_run
 from training.command import parse, run_program
+from training.run import load_run
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -127,9 +127,14 @@ def save_checkpoints(run: Path, names: Sequence[str], checkpoint: Checkpoint, co
             averaged = name == "best" and checkpoint.average is not None
             content[MODEL] = save(checkpoint.average if averaged else checkpoint.weights)
             hashes[MODEL] = sha256(content[MODEL])
-        state = asdict(checkpoint.state) | {"model": asdict(config), "files": hashes}
-        content[STATE] = json.dumps(state | {"sha256": sha256(canonical(state))}, indent=2).encode()
+        content[STATE] = state_json(checkpoint.state, config, hashes)
         put_in_place(run, name, content)
+
+
+def state_json(state: State, config: GPTConfig, hashes: dict[str, str]) -> bytes:
+    """The content of state.json: hashes are those of the checkpoint's two other files and of the run's tokenizer."""
+    fields = asdict(state) | {"model": asdict(config), "files": hashes}
+    return json.dumps(fields | {"sha256": sha256(canonical(fields))}, indent=2).encode()
 
 
 def put_in_place(run: Path, name: str, content: dict[str, bytes]) -> None:

@@ -83,19 +83,46 @@ def is_rule(line: str) -> bool:
 
 def run_program(main: Callable[[], int]) -> int:
     """main()'s exit status; or 1 and one line on stderr, if something went wrong that the user can mend."""
+    status, message = 1, None
     try:
-        return main()
+        return run_and_flush(main)
     except UserError as error:
         message = str(error)
+    except ModuleNotFoundError as error:
+        if not can_be_installed(error.name):
+            raise
+        message = f"needs the package {error.name}: pip install -r requirements-dev.txt"
     except MemoryError as error:
         message = f"not enough memory: {error or 'lower batch_size or the sizes of the model'}"
     except BrokenPipeError:  # whoever read the output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        pass
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""  # a write does not say where it failed
         message = f"{place}{error.strerror or error}"
     except KeyboardInterrupt:
-        return 128 + signal.SIGINT
-    print(f"error: {message}", file=sys.stderr)
-    return 1
+        status = 128 + signal.SIGINT
+    try:
+        print(end="", flush=True)
+    except OSError:  # what is still buffered would fail again when Python ends, which then has a say of its own
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if message is not None:
+        print(f"error: {message}", file=sys.stderr)
+    return status
+
+
+def run_and_flush(main: Callable[[], int]) -> int:
+    """main()'s exit status, once all that it printed is written: into a pipe or a file, most of it is not before."""
+    try:
+        status = main()
+    except SystemExit as stop:  # tyro's, after --help; parse's, after flags that make no sense
+        status = stop.code or 0
+    print(end="", flush=True)
+    return status
+
+
+def can_be_installed(module: str | None) -> bool:
+    """Is a module that was not found a package of somebody else's? Not a part of one, of Python or of this project."""
+    if module is None or "." in module or module in sys.stdlib_module_names:
+        return False
+    here = Path(__file__).resolve().parent.parent
+    return not ((here / module).is_dir() or (here / f"{module}.py").exists())

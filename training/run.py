@@ -22,13 +22,14 @@ import numpy as np
 
 from data import UserError, write_atomically
 from data.tokenizers import Tokenizer, cut, get_tokenizer, load, save, shorten
-from numpygpt import GPTConfig
+from numpygpt import GPTConfig, Params
 from training.batches import Batches
 from training.checkpoint import (
     TOKENIZER,
     Checkpoint,
     build,
     load_checkpoint,
+    load_weights,
     locate,
     read_json,
     recover,
@@ -41,7 +42,7 @@ from training.metrics import trim_metrics
 if TYPE_CHECKING:
     from data.corpus import Corpus
 
-__all__ = ["METRICS", "PICTURE", "Run", "RunConfig", "open_run", "read_config"]
+__all__ = ["METRICS", "PICTURE", "Run", "RunConfig", "load_run", "open_run", "read_config"]
 
 CONFIG, METRICS, PICTURE, LOCK = "config.json", "metrics.jsonl", "loss.png", "lock"
 CHECKPOINTS = ("last", "best")
@@ -101,8 +102,7 @@ def open_run(flags: Flags, engine: str) -> Iterator[Run]:
     else:
         folder = Path(flags.run.run_dir or f"runs/{engine}-{flags.run.preset}")
         check_free(folder, flags.run.overwrite)  # before anything is put there
-        folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder):
+        with new_folder(folder), locked(folder):
             check_free(folder, flags.run.overwrite)  # and now that it cannot change
             yield begin_run(folder, flags, engine)
 
@@ -211,12 +211,30 @@ def encode(tokenizer: Tokenizer, text: str, folder: Path) -> np.ndarray:
         return np.memmap(file, np.int32, mode="r") if file.tell() else np.empty(0, np.int32)
 
 
+def load_run(folder: Path) -> tuple[GPTConfig, Params, Tokenizer]:
+    """The model, weights and tokenizer of a run's best checkpoint, or of its last. Raises UserError."""
+    config = read_config(folder).model
+    tokenizer = load(folder / TOKENIZER)
+    checkpoint = locate(folder, "best") or locate(folder, "last")
+    if checkpoint is None:
+        raise UserError(f"{folder} has no checkpoint yet: it is saved at the first evaluation")
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(
+            f"{folder / TOKENIZER} has {tokenizer.vocab_size} tokens, more than the model's {config.vocab_size}"
+        )
+    return config, load_weights(checkpoint, config), tokenizer
+
+
 def read_config(folder: Path) -> RunConfig:
     """The config.json of a run. Raises UserError that names the file and the fault."""
     path = folder / CONFIG
     if folder.is_dir() and not path.exists():
         raise UserError(f"{folder} is not a run: it has no {CONFIG}")
     content = read_json(path)
+    if "model_type" in content:
+        raise UserError(
+            f"{folder} is Hugging Face's, and not a run: import it by python -m tools.export from-hf {folder} RUN"
+        )
     model = build(GPTConfig, content.get("model"), path)
     build(ModelFlags, asdict(model), path)  # which knows what sizes are out of reach
     training = content.get("training")
@@ -251,6 +269,22 @@ def check_free(folder: Path, overwrite: bool) -> None:
             f"{folder} holds a run: go on with it by --resume {folder}, replace it by --overwrite, or choose another "
             "--run-dir"
         )
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[None]:
+    """Make the folder if it is not there; and if nothing but the lock ever comes into it, delete what was made."""
+    try:
+        folder.mkdir(parents=True)
+        made = True
+    except FileExistsError:
+        made = False
+    try:
+        yield
+    finally:  # the lock is closed by now: Windows deletes no open file
+        if made and folder.is_dir() and os.listdir(folder) == [LOCK]:
+            (folder / LOCK).unlink()
+            folder.rmdir()
 
 
 @contextmanager

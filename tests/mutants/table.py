@@ -476,6 +476,94 @@ TABLE = {
             ("the average moves although the step was given up", "rate = rate * (self.broken < 0)", "pass"),
         ],
     },
+    "training/command.py": {
+        "test_cli.py::test_a_module_that_nobody_can_install_is_a_bug[training]": [
+            ("a bug of the project's own asks for an installation", "if not can_be_installed(error.name)", "if False"),
+        ],
+        "test_cli.py::test_a_module_that_nobody_can_install_is_a_bug[resource]": [
+            ("what Python itself lacks is to be installed", " or module in sys.stdlib_module_names", ""),
+        ],
+        "test_cli.py::test_an_exit_status_is_handed_on[2]": [
+            ("flags that make no sense end well", "status = stop.code or 0", "status = 0"),
+        ],
+    },
+    "bench/tokenizers.py": {
+        "test_bench_tokenizers.py::test_what_follows_from_a_result": [
+            (
+                "the bigram's loss is left in nats per token",
+                'self.run.yardsticks["bigram"] * self.bits / self.nats_per_token',
+                'self.run.yardsticks["bigram"]',
+            ),
+            ("a step learns from as many characters as tokens", " / self.tokens_per_char", ""),
+        ],
+        "test_bench_tokenizers.py::test_speeds_are_relative_to_the_first": [
+            ("how many times as slow", "statistics.median(chars / own)", "statistics.median(own / chars)"),
+            ("how many times as slow, with quartiles", "ratio(chars, own)", "ratio(own, chars)"),
+            ("the time of a character, not characters a second", "Speed(1 / statistics", "Speed(1 * statistics"),
+        ],
+        "test_bench_tokenizers.py::test_characters_per_second_are_those_of_all_steps_and_of_the_whole_sample": [
+            ("one step's characters for the time of five", "(STEPS * r.chars_per_step)", "r.chars_per_step"),
+            ("the length of the sample is left out", "times[r.name] / len(text)", "times[r.name] / SAMPLE_CHARS"),
+        ],
+        "test_bench_tokenizers.py::test_the_findings_are_those_of_the_numbers": [
+            ("best and worst exchanged", "best, worst = min", "worst, best = min"),
+            (
+                "as much text the other way round",
+                "first.val_tokens_per_char / last.val_tokens_per_char",
+                "last.val_tokens_per_char / first.val_tokens_per_char",
+            ),
+            ("times the speed, called times the time", "{1 / training[-1].factor", "{training[-1].factor"),
+        ],
+        "test_bench_tokenizers.py::test_the_plot_is_over_characters_and_over_seconds": [
+            ("seconds from the wrong end", "n / speed.chars_per_s for", "n * speed.chars_per_s for"),
+        ],
+    },
+    "tools/export.py": {
+        "test_export.py::test_every_number_of_info[auto]": [
+            ("training takes 3 times the weights", "millions(4 * N * dtype", "millions(3 * N * dtype"),
+            ("keys are cached, values are not", "kept = 2 * config.n_layer", "kept = config.n_layer"),
+            ("backward costs as much as forward", "millions(3 * forward)", "millions(2 * forward)"),
+            ("the estimate counts attention twice", "2 * N + 4 * config.n_layer", "2 * N + 8 * config.n_layer"),
+        ],
+        "test_export.py::test_every_number_of_info[float64]": [
+            ("float64 weights take 4 bytes", 'np.float64 if settings.training.dtype == "float64" else ', ""),
+        ],
+        "test_export.py::test_the_operations_are_those_that_pytorch_counts": [
+            ("every token attends to the whole window", "(config.block_size + 1) / 2", "config.block_size"),
+            ("a lookup counts as a product", 'and "wpe" not in name', ""),
+        ],
+        "test_export.py::test_the_report_is_the_notes_and_the_sizes": [
+            ("what was changed in an import is not said", "    for note in notes:\n        print(note)\n", ""),
+        ],
+        "test_export.py::test_the_recipe_of_an_imported_model_keeps_its_dtype": [
+            (
+                "float64 weights go on in float32",
+                '"float64" if params["wte.weight"].dtype == np.float64 else "auto"',
+                '"auto"',
+            ),
+        ],
+    },
+    "tools/hf.py": {
+        "test_hf.py::test_the_folder_says_what_the_model_is": [
+            ("texts are cut to one token", '"model_max_length": config.block_size', '"model_max_length": 1'),
+            (
+                "ids that stand for nothing may be drawn",
+                "if tokenizer.vocab_size < config.vocab_size",
+                "if tokenizer.vocab_size > config.vocab_size",
+            ),
+        ],
+        "test_hf.py::test_only_linear_layers_are_transposed": [
+            ("the MLP's weights are not transposed", "(attn|mlp)", "attn"),
+        ],
+    },
+    "tools/onnx_graph.py": {
+        "test_onnx.py::test_onnxruntime_gives_the_same_logits": [
+            ("GELU by the error function", 'approximate="tanh"', 'approximate="none"'),
+            ("scores not divided by sqrt(hs)", "1 / np.sqrt(hs), dtype", "1 / hs, dtype"),
+            ("a token sees the future, not the past", '"LessOrEqual", keys, queries', '"LessOrEqual", queries, keys'),
+            ("LayerNorm's eps is 1e-6", "epsilon=1e-5", "epsilon=1e-6"),
+        ],
+    },
     "training/batches.py": {
         "test_semantics.py::test_the_evaluation_predicts_each_token_once": [
             ("the target is the token itself", "windows[:, :-1], windows[:, 1:]", "windows[:, :-1], windows[:, :-1]"),
