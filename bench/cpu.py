@@ -10,8 +10,8 @@ the same number of threads, in turn, round after round; a ratio is the median ov
 so that what disturbs the machine disturbs all of them. The floor is the step's matrix products alone, as NumPy's BLAS
 computes them: no program on this BLAS can be faster.
 
-A turn is a few steps in a row, as in training, and their mean counts: what the contender before left in the caches, and
-its threads that still spin for more work, would otherwise be paid by whoever comes next.
+A turn is a few steps in a row, as in training. The first is not counted: it pays for what the contender before left in
+the caches, and for its threads that still spin for more work. Of the others, the mean counts.
 """
 
 import os
@@ -41,7 +41,7 @@ PRESETS = {
     "small": (numpygpt.GPTConfig(65, 64, n_layer=4, n_head=4, n_embd=128, dropout=0.0), 12),
     "full": (numpygpt.GPTConfig(65, 256, n_layer=6, n_head=6, n_embd=384, dropout=0.0), 8),
 }
-STEPS = {"small": 5, "full": 1}  # in a turn: about as long as it takes to compare them calmly
+STEPS = {"small": 5, "full": 1}  # that count, in a turn
 LR, MAX_NORM = 1e-3, 1.0
 
 
@@ -186,14 +186,18 @@ def seconds(function: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def alternate(contenders: dict[str, Callable[[], object]], rounds: int, calls: int = 1) -> dict[str, np.ndarray]:
-    """Seconds of a call of each contender in each round, (rounds,): in a round each has one turn, of some calls.
+def alternate(
+    contenders: dict[str, Callable[[], object]], rounds: int, calls: int = 1, uncounted: int = 0
+) -> dict[str, np.ndarray]:
+    """Seconds of a call of each contender in each round, (rounds,): in a round each has one turn.
 
-    Two rounds before warm up.
+    A turn is so many calls that are not counted, and then so many that are. Two rounds before warm up.
     """
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for i in tqdm(range(rounds + 2), desc="rounds", leave=False, disable=None):
         for name, function in contenders.items():
+            for _ in range(uncounted):
+                function()
             elapsed = seconds(lambda function=function: [function() for _ in range(calls)]) / calls
             if i >= 2:
                 times[name].append(elapsed)
@@ -245,7 +249,7 @@ def measure_steps(preset: str, options: Options) -> None:
     if options.compile:
         contenders["torchgpt, compiled"] = torch_step(config, B, threads, compiled=True)
     with blas_threads(1):  # the contenders on NumPy bring their own threads
-        times = alternate(contenders, options.rounds, STEPS[preset])
+        times = alternate(contenders, options.rounds, STEPS[preset], uncounted=1)
     with get_context("spawn").Pool(1, maxtasksperchild=1) as pool:  # a process each
         memory = {
             name: pool.apply(peak_memory, (engine, config, B, threads))
