@@ -9,6 +9,8 @@ test_sampling     the same text from both engines, with and without the key/valu
 test_bad_input    the same ValueErrors from both engines
 test_mutants      that all of these can fail: each bug of mutants/table.py is caught
 
+The other files test what stands around the two engines: data, training and its runs, the programs, tools, bench, docs.
+
 helpers           twins of the two engines, and the measure of how far apart two tensors are
 strategies        Hypothesis strategies: configs, weights and batches with everything that breaks such code
 report            python -m tests.report: the measured errors, as a table and a picture in docs/
