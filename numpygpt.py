@@ -786,10 +786,9 @@ def in_parts(function: Callable[[slice], object], length: int, threads: int) -> 
 def keep_freed_memory() -> None:
     """Have the C library keep the memory of freed arrays for the next ones, in place of handing it back at once.
 
-    By default glibc, Linux's, takes every large array from the system as fresh pages, and their first touch costs time:
-    without this, a training step at the small preset takes about half as long again. The two settings are: no page
-    mappings of their own for large arrays, and nothing handed back below 2 GB. They hold for the whole process. Other
-    systems' libraries are left alone.
+    By default glibc, Linux's, takes every large array from the system as fresh pages, and their first touch costs
+    a good part of a small training step. The two settings are: no page mappings of their own for large arrays, and
+    nothing handed back below 2 GB. They hold for the whole process. Other systems' libraries are left alone.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # the names and numbers of <malloc.h>
