@@ -3,8 +3,10 @@
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+
+import pytest
 
 import train_numpy
 import train_torch
@@ -61,6 +63,24 @@ def resume(engine: str, run_dir: Path, **flags: object) -> int:
 def run(engine: str, argv: Sequence[str]) -> int:
     """A trainer's command line in this process -> the exit status."""
     return run_program(lambda: MAINS[engine](argv))
+
+
+def refused(program: Callable[[], int], capsys: pytest.CaptureFixture) -> tuple[str, str]:
+    """What a program printed, in this process, that must stop with one line about something the user can mend.
+
+    -> standard output, and that line.
+    """
+    capsys.readouterr()
+    assert program() in (1, 2)
+    printed = capsys.readouterr()
+    return printed.out, one_line(printed.err)
+
+
+def one_line(stderr: str) -> str:
+    """The error, which must be a single line."""
+    assert stderr.startswith("error: "), stderr
+    assert stderr.count("\n") == 1, stderr
+    return stderr
 
 
 def command(program: str, *argv: object, **options: object) -> subprocess.CompletedProcess:

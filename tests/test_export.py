@@ -54,17 +54,9 @@ def run(*argv: object) -> int:
 
 def refused(*argv: object, capsys: pytest.CaptureFixture) -> str:
     """The one line with which it stops."""
-    capsys.readouterr()
-    try:
-        code = run(*argv)
-    except SystemExit as stop:
-        code = stop.code
-    assert code in (1, 2)
-    output = capsys.readouterr()
-    assert output.out == ""
-    assert output.err.startswith("error: ")
-    assert output.err.count("\n") == 1, output.err
-    return output.err
+    out, line = runs.refused(lambda: run(*argv), capsys)
+    assert out == ""
+    return line
 
 
 def files(folder: Path) -> dict[str, bytes]:

@@ -14,6 +14,7 @@ import sample
 import torchgpt
 from data import UserError
 from data.tokenizers import CharTokenizer
+from tests import runs
 from tests.runs import ROOT, command, start, write_text
 from tools import export
 from training.command import run_program
@@ -43,16 +44,7 @@ def sampled(run_dir: Path, *argv: object, capsys: pytest.CaptureFixture) -> str:
 
 def refused(run_dir: Path, *argv: object, capsys: pytest.CaptureFixture) -> str:
     """The one line with which sample.py stops."""
-    capsys.readouterr()
-    try:
-        code = run_program(lambda: sample.main([str(run_dir), *map(str, argv)]))
-    except SystemExit as stop:
-        code = stop.code
-    assert code in (1, 2)
-    error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
-    return error
+    return runs.refused(lambda: run_program(lambda: sample.main([str(run_dir), *map(str, argv)])), capsys)[1]
 
 
 @pytest.mark.parametrize(
