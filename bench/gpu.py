@@ -1,9 +1,9 @@
-"""How fast does train_torch.py train on a GPU, and how soon does it reach nanoGPT's loss?
+"""How fast does train_torch.py train on a GPU, how soon does it reach nanoGPT's loss, and how far below it does it get?
 
     python bench/gpu.py                          the tables of docs/benchmarks.md, on one CUDA GPU
     python bench/gpu.py --presets full           one preset only
-    python bench/gpu.py --no-to-loss             without the whole training run
-    python bench/gpu.py --device cpu --presets tiny --no-to-loss    the same program where there is no GPU: a smoke test
+    python bench/gpu.py --seeds 0                without the whole training runs
+    python bench/gpu.py --device cpu --presets tiny --seeds 0    the same program where there is no GPU: a smoke test
 
 A step is one update of the preset's batch. "plain loop, compiled" is what most people write: batches gathered on the
 host and copied from pinned memory, autocast, torch.compile of the model, fused AdamW, the loss read back every ten
@@ -17,9 +17,10 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -59,7 +60,13 @@ class Options:
     device: Literal["cuda", "cpu"] = "cuda"  # cpu only to see that the program runs
     rounds: int = 5  # turns that each contender takes with the compiled plain loop
     steps: int = 20  # updates of either in a turn
-    to_loss: bool = True  # also train the full model until its whole-split validation loss is nanoGPT's
+    seeds: int = 3  # how often to train the full model by its recipe too, each time from another seed
+
+    def __post_init__(self) -> None:
+        """Raises ValueError that names the field."""
+        for name, least in {"rounds": 1, "steps": 1, "seeds": 0}.items():
+            if (value := getattr(self, name)) < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -216,58 +223,88 @@ def timed(update: Callable[[int], None], steps: int) -> float:
     return (time.perf_counter() - start) / steps
 
 
-def seconds_to_loss(options: Options, corpus: Corpus, every: int = 50) -> None:
-    """Train the full model by its recipe until its whole-split loss is NANOGPT_LOSS; evaluations are not timed.
+@dataclass
+class Outcome:
+    """What came of one training run. Seconds are of training alone, without evaluations and without the first step."""
 
-    Raises UserError if the engine had to do without what a GPU has.
+    seconds: float  # all of it
+    first: float  # the first step, which compiles and records
+    best_loss: float  # over the steps at which train_torch.py evaluates
+    best_step: int
+    reached: tuple[float, int] | None  # the seconds and the step at which NANOGPT_LOSS was, if ever
+
+
+def train_recipe(options: Options, corpus: Corpus) -> None:
+    """Train the full model by its recipe from several seeds, and print a table of what came of each, and the mean."""
+    recipe = prepare("full", corpus)[1]
+    print(f"\n### full: the whole recipe, {recipe.max_steps:,} steps\n")
+    print(f"| seed | s of training to {NANOGPT_LOSS} | at step | s in all | first step, s | best loss | at step |")
+    print("|---|---|---|---|---|---|---|", flush=True)
+    best_losses = []
+    for seed in range(recipe.seed, recipe.seed + options.seeds):
+        run = train_once(seed, options, corpus)
+        reached = "not reached | " if run.reached is None else "{:.1f} | {:,}".format(*run.reached)
+        cells = f"{run.seconds:.1f} | {run.first:.0f} | {run.best_loss:.4f} | {run.best_step:,}"
+        print(f"| {seed} | {reached} | {cells} |", flush=True)
+        best_losses.append(run.best_loss)
+    print(
+        f"\nbest loss over {len(best_losses)} seeds: mean {statistics.mean(best_losses):.4f}, "
+        f"from {min(best_losses):.4f} to {max(best_losses):.4f}"
+    )
+
+
+def train_once(seed: int, options: Options, corpus: Corpus, look_every: int = 50) -> Outcome:
+    """One training run by the recipe of the full model, evaluated on the whole validation split.
+
+    Raises UserError if the engine had to do without what a GPU has, ValueError if the loss is no longer finite.
     """
     torch._dynamo.reset()
+    gc.collect()
     model, training, tokens = prepare("full", corpus)
+    training = replace(training, dtype="bfloat16", seed=seed)
     val_tokens = CharTokenizer.from_text(corpus.text).encode(corpus.val_text)
     cuda = options.device == "cuda"
-    training = replace(training, dtype="bfloat16")
     flags = DeviceFlags(options.device, compile=cuda, graph=cuda, pad_vocab=cuda)
     start = time.perf_counter()
     engine = TorchEngine(model, training, flags)
-    batches = Batches(tokens, model.block_size, training.batch_size, training.seed)
+    batches = Batches(tokens, model.block_size, training.batch_size, seed)
     batches.read = engine.windows
-    spent, best_loss, best_step = 0.0, math.inf, 0
-    for step in range(training.max_steps):
+
+    def update(step: int) -> torch.Tensor:
+        return engine.train_step(step, [batches.at(step)], learning_rate(step, training))[0]
+
+    update(0).item()  # wait for all of it
+    check_flags(engine, flags)
+    run = Outcome(0.0, time.perf_counter() - start, math.inf, 0, None)
+    intervals = (look_every, training.eval_interval, training.max_steps)
+    looks = sorted({step for every in intervals for step in range(every, training.max_steps + 1, every)} | {1})
+    for last, step in pairwise(looks):
         began = time.perf_counter()
-        loss, _ = engine.train_step(step, [batches.at(step)], learning_rate(step, training))
-        if step == 0:
-            loss.item()
-            check_flags(engine, flags)
-            warm = time.perf_counter() - start
-            continue
-        if (step + 1) % every == 0:
-            loss.item()
-        spent += time.perf_counter() - began
-        if (step + 1) % every == 0:
-            if (loss := evaluate(engine.loss, val_tokens, model.block_size, engine.eval_batch_size)) < best_loss:
-                best_loss, best_step = loss, step + 1
-            if loss <= NANOGPT_LOSS:
-                break
-    reached = "reached" if best_loss <= NANOGPT_LOSS else "not reached"
-    print(
-        f"\n{NANOGPT_LOSS} on the whole validation split: {reached} in {step + 1} steps and {spent:.1f} s of training,"
-    )
-    print(f"besides {warm:.0f} s to compile, record and make the first step; best: {best_loss:.4f} at step {best_step}")
+        for done in range(last, step):
+            loss = update(done)
+        loss.item()
+        run.seconds += time.perf_counter() - began
+        engine.check()
+        loss = evaluate(engine.loss, val_tokens, model.block_size, engine.eval_batch_size)
+        if run.reached is None and loss <= NANOGPT_LOSS:
+            run.reached = run.seconds, step
+        if loss < run.best_loss and (step % training.eval_interval == 0 or step == training.max_steps):
+            run.best_loss, run.best_step = loss, step
+    return run
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    options = parse(Options, "bench/gpu.py", None)
+    options = parse(Options, "bench/gpu.py", argv)
     if options.device == "cuda" and not torch.cuda.is_available():
-        print("error: no CUDA GPU here: nothing to measure", file=sys.stderr)
-        return 1
+        raise UserError("no CUDA GPU here, so nothing to measure; --device cpu shows that the program runs")
     corpus = load_corpus("shakespeare_char")
     torch.set_float32_matmul_precision("high")
     print(f"torch {torch.__version__}, {torch.cuda.get_device_name() if options.device == 'cuda' else 'CPU'}")
     for preset in options.presets:
         measure(preset, options, corpus)
-    if options.to_loss:
-        seconds_to_loss(options, corpus)
+    if options.seeds > 0:
+        train_recipe(options, corpus)
     return 0
 
 

@@ -1,16 +1,26 @@
-"""bench/cpu.py and bench/gpt2.py, on models so small that it takes no time: they run, and refuse what they must."""
+"""bench/cpu.py, gpt2.py and gpu.py, on models so small that they take no time: they run, and refuse what they must."""
 
 import re
+import statistics
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
-from bench import cpu, gpt2
+import train_torch
+from bench import cpu, gpt2, gpu
+from data import UserError
+from data.corpus import load_corpus
 from numpygpt import GPTConfig
 from tests.helpers import ROOT
+from tests.runs import arguments, measured, refused, write_text
 from training.command import run_program
+from training.config import PRESETS, ModelFlags, Preset
 
 TINY = GPTConfig(65, 8, n_layer=1, n_head=2, n_embd=8, dropout=0.0)
 FEW = ["--rounds", "1", "--threads", "1", "--no-compile"]
@@ -123,3 +133,114 @@ def test_where_memory_cannot_be_measured_nothing_is(
     printed = capsys.readouterr()
     assert printed.err == "error: this bench measures memory too, which it can on Linux and macOS only\n"
     assert printed.out == ""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# bench/gpu.py, without a GPU
+
+
+RECIPE = {"--max-steps": 7, "--eval-interval": 3, "--batch-size": 4, "--warmup-steps": 2}
+
+
+@pytest.fixture
+def small_gpu_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """bench/gpu.py with a tiny recipe for every preset, and a short text: its path."""
+    text = write_text(tmp_path)
+    recipe = {name[2:].replace("-", "_"): value for name, value in RECIPE.items()}
+    training = replace(PRESETS["tiny"].training, **recipe)
+    preset = Preset(ModelFlags(n_layer=1, n_head=2, n_embd=16, block_size=16, dropout=0.2), training)
+    monkeypatch.setattr(gpu, "PRESETS", {"tiny": preset, "full": preset})
+    monkeypatch.setattr(gpu, "load_corpus", lambda name: load_corpus(str(text)))
+    monkeypatch.setattr(torch, "compile", lambda model, **options: model)  # its compiler would take most of a minute
+    return text
+
+
+def test_every_contender_takes_turns_with_the_plain_loop(small_gpu_bench: Path, capsys: pytest.CaptureFixture) -> None:
+    assert gpu.main(["--device", "cpu", "--presets", "tiny", "--rounds", "1", "--steps", "2", "--seeds", "0"]) == 0
+    table = rows(capsys.readouterr().out)
+    ours = [f"{mode}, {dtype}" for mode in ("eager", "compiled") for dtype in ("float32", "bfloat16")]
+    assert table.keys() == {"", "plain loop, compiled, bfloat16", "plain loop, eager, bfloat16", *ours}
+    for name in table.keys() - {""}:
+        ms, tokens_per_s = (float(cell.replace(",", "")) for cell in table[name][:2])
+        assert 4 * 16 * 1000 / tokens_per_s == pytest.approx(ms, abs=0.006), "of B 4 and T 16, in hundredths"
+        assert float(table[name][2].split()[0]) > 0
+
+
+def test_a_contender_that_fails_or_falls_back_has_no_numbers(
+    small_gpu_bench: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def compile_fails(model: torch.nn.Module, **options: object) -> Callable:
+        def call(*batch: torch.Tensor) -> None:
+            raise RuntimeError("no compiler")
+
+        return call if isinstance(model, train_torch.Loss) else model
+
+    monkeypatch.setattr(torch, "compile", compile_fails)
+    assert gpu.main(["--device", "cpu", "--presets", "tiny", "--rounds", "1", "--steps", "1", "--seeds", "0"]) == 0
+    table = rows(capsys.readouterr().out)
+    for dtype in ("float32", "bfloat16"):
+        assert table[f"compiled, {dtype}"][0].startswith("failed: UserError: it went on without")
+        assert table[f"compiled, {dtype}"][1:] == [""] * 5
+        assert float(table[f"eager, {dtype}"][0]) > 0
+
+
+def test_the_recipe_ends_in_the_losses_of_train_torch(
+    small_gpu_bench: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    expected = {}
+    for seed in (1337, 1338):
+        flags = {"--preset": "tiny", "--n-layer": 1, "--n-embd": 16, "--block-size": 16, "--dropout": 0.2} | RECIPE
+        flags |= {"--data": small_gpu_bench, "--run-dir": tmp_path / str(seed), "--dtype": "bfloat16", "--seed": seed}
+        assert train_torch.main(arguments(flags | {"--device": "cpu"})) == 0
+        lines = [line for line in measured(tmp_path / str(seed)) if line["protocol"] == "full" and line["step"]]
+        expected[seed] = min((line["loss"], line["step"]) for line in lines)
+    monkeypatch.setattr(gpu, "NANOGPT_LOSS", expected[1337][0])
+    capsys.readouterr()
+
+    gpu.train_recipe(gpu.Options(device="cpu", seeds=2), load_corpus(str(small_gpu_bench)))
+    printed = capsys.readouterr().out
+    table = rows(printed)
+    for seed, (loss, step) in expected.items():
+        assert float(table[str(seed)][4]) == pytest.approx(loss, abs=6e-5)
+        assert table[str(seed)][5] == str(step)
+    assert table["1337"][1] == str(expected[1337][1])
+    losses = [loss for loss, _ in expected.values()]
+    low, mean, high = min(losses), statistics.mean(losses), max(losses)
+    assert printed.endswith(f"best loss over 2 seeds: mean {mean:.4f}, from {low:.4f} to {high:.4f}\n")
+
+
+def test_a_recipe_that_lost_its_compiler_is_not_timed(small_gpu_bench: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu.TorchEngine, "train_step", fall_back_at_once(gpu.TorchEngine.train_step))
+    with pytest.raises(UserError, match="it went on without"):
+        gpu.train_recipe(gpu.Options(device="cpu", seeds=1), load_corpus(str(small_gpu_bench)))
+
+
+def fall_back_at_once(train_step: Callable) -> Callable:
+    def step(engine: train_torch.TorchEngine, *args: object) -> object:
+        engine.flags = replace(engine.flags, fused=False)
+        return train_step(engine, *args)
+
+    return step
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--rounds", "0"], "rounds must be at least 1, got 0"),
+        (["--steps", "0"], "steps must be at least 1, got 0"),
+        (["--seeds", "-1"], "seeds must be at least 0, got -1"),
+        (["--presets", "huge"], "huge"),
+    ],
+)
+def test_a_gpu_bench_that_makes_no_sense_is_one_line(
+    argv: list[str], message: str, capsys: pytest.CaptureFixture
+) -> None:
+    printed, error = refused(lambda: run_program(lambda: gpu.main(argv)), capsys)
+    assert message in error
+    assert printed == ""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA GPU")
+def test_without_a_gpu_the_bench_says_so(capsys: pytest.CaptureFixture) -> None:
+    _, error = refused(lambda: run_program(lambda: gpu.main([])), capsys)
+    assert error.startswith("error: no CUDA GPU here, so nothing to measure")
