@@ -29,6 +29,7 @@ from training.batches import Batch, read_windows, step_rng
 from training.command import parse_flags, run_program
 from training.config import Flags, TrainConfig
 from training.loop import train
+from training.memory import check_memory, memory_needed
 from training.run import open_run
 
 
@@ -104,6 +105,12 @@ def add(grads: Params, others: Params) -> Params:
     return grads
 
 
+def check(model: GPTConfig, training: TrainConfig) -> None:
+    """Raises UserError, before anything is allocated or written, if the model cannot fit into memory."""
+    needed = memory_needed(model, training, scores_kept=True)
+    check_memory(needed, "or a lower --batch-size or --block-size")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     flags = parse_flags(argv, Flags, "train_numpy.py", preset="small", description=__doc__.split("\n")[0])
@@ -113,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         flags = dataclasses.replace(flags, training=dataclasses.replace(flags.training, dtype="float32"))
 
     warnings.simplefilter("ignore", RuntimeWarning)  # NumPy's of NaN and infinity, at which the engine stops anyway
-    with open_run(flags, engine="numpy") as run:
+    with open_run(flags, "numpy", check) as run:
         engine = NumpyEngine(run.model, run.training, flags.run.threads or os.cpu_count())
         stopped_by = train(engine, run)
     if stopped_by is not None:

@@ -15,11 +15,13 @@ import importlib.util
 import math
 import os
 import platform
+import re
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -35,10 +37,11 @@ from torch.nn.parallel import DistributedDataParallel
 from data import UserError
 from numpygpt import GPTConfig, Params, check_batch, check_ids, param_shapes
 from torchgpt import GPT, without_dropout
-from training.batches import Batch, step_rng
+from training.batches import Batch, read_windows, step_rng
 from training.command import parse_flags, run_program
 from training.config import Flags, TrainConfig
 from training.loop import train
+from training.memory import check_memory, memory_needed
 from training.run import Run, open_run
 
 
@@ -50,9 +53,12 @@ class DeviceFlags:
     compile: bool  # torch.compile; elsewhere than on a CUDA GPU it may cost more than it gains
     graph: bool  # record a whole step as a CUDA graph and replay it: Python no longer holds up the GPU
     pad_vocab: bool  # compute the head in a multiple of 64 columns, a width that tensor cores like
+    attention: Literal["sdpa", "explicit"] = "sdpa"  # PyTorch's fused kernel, or softmax(QK')V written out
     fused: bool = True  # AdamW as one kernel
     tf32: bool = True  # where a CUDA GPU multiplies float32 matrices, round their entries to TF32
+    corpus_on_device: bool = True  # the training tokens move to the device once, 4 bytes each, and not batch by batch
     recompute: bool = False  # keep only the blocks' inputs for the backward pass: less memory, a third more time
+    deterministic: bool = False  # a GPU adds in one order: a seed gives the same bits again, at a lower speed
 
 
 @dataclass(frozen=True)
@@ -100,6 +106,7 @@ class TorchEngine:
             model,
             seed=training.seed,
             dtype=dtype,
+            attention=flags.attention,
             pad_vocab_to=64 if flags.pad_vocab else 1,
             recompute=flags.recompute,
             checked=on_cpu,
@@ -110,6 +117,8 @@ class TorchEngine:
             # attention would refuse that.
             self.forward = torch.compile(self.forward, dynamic=False)
         if team.size > 1:
+            if flags.compile:
+                self.compile_together(training.batch_size // training.grad_accum // team.size)
             self.forward = DistributedDataParallel(self.forward)
         # A GPU has room for more than a CPU's cache, up to a quarter of a billion logits (1 GB).
         at_once = min(65_536, 2**28 // model.vocab_size) // model.block_size
@@ -138,7 +147,7 @@ class TorchEngine:
 
         # To look at a number on a GPU means to wait for it. So the step notes itself where it is not finite, and from
         # then on the fused kernel leaves weights and moments alone; `check` looks, now and then.
-        self.lazy = flags.fused and not on_cpu
+        self.lazy = flags.fused and self.device.type == "cuda"
         self.step = torch.zeros((), dtype=torch.int64, device=self.device)
         self.broken = torch.full_like(self.step, -1)
 
@@ -158,23 +167,42 @@ class TorchEngine:
             torch.manual_seed(self.dropout_seed)
             try:
                 return self.update(*batch)
-            except UserError:
+            except (UserError, ValueError):  # a number that is not finite, and what only the user can mend
                 raise
             except Exception as error:
-                if self.team.size > 1 or not (self.flags.graph or self.flags.compile):
+                if is_full(error) or self.team.size > 1 or not (self.flags.graph or self.flags.compile):
                     raise
                 self.fall_back(error)
 
     def fall_back(self, error: Exception) -> None:
-        """After a step that failed, and so updated nothing: give up the CUDA graph, or if there is none, torch.compile.
+        """After a step that failed, and so updated nothing: give up torch.compile, or else the CUDA graph.
 
         Whatever is not the fault of either fails again without them.
         """
-        if self.flags.graph:
-            what, self.flags, self.update = "the CUDA graph", replace(self.flags, graph=False), self.update_once
-        else:
+        if self.flags.compile and not isinstance(error, NotRecordedError):
             what, self.flags, self.forward = "torch.compile", replace(self.flags, compile=False), Loss(self.gpt)
+        else:
+            what, self.flags, self.update = "the CUDA graph", replace(self.flags, graph=False), self.update_once
         print(f"{what} failed, so on without it: {first_line(error)}", file=sys.stderr)
+
+    def compile_together(self, B: int) -> None:
+        """Try the compiled model with B sequences, forward and backward. If it fails in one process, all give it up:
+        later, in the midst of an update, the others could not be told."""
+        ids, fault = torch.zeros((B, self.gpt.config.block_size), dtype=torch.int64, device=self.device), None
+        try:
+            with self.autocast():
+                loss = self.forward(ids, ids)
+            torch.autograd.grad(loss, list(self.gpt.parameters()))
+        except Exception as error:
+            if is_full(error):
+                raise
+            fault = first_line(error)
+        faults: list[str | None] = [None] * self.team.size
+        dist.all_gather_object(faults, fault)
+        if any(faults):
+            self.flags, self.forward = replace(self.flags, compile=False), Loss(self.gpt)
+            if self.leader:
+                print(f"torch.compile failed, so on without it: {next(filter(None, faults))}", file=sys.stderr)
 
     def update_once(self, *batch: Tensor) -> tuple[Tensor, Tensor]:
         """One step, all of it on the device. batch: idx, targets (B, T) of each micro-batch in turn -> loss, norm.
@@ -239,7 +267,11 @@ class TorchEngine:
         """The tokens are checked and move to the device once, and the windows are gathered there."""
         if tokens is not self.source:
             check_ids("the training split", tokens[None], 0, self.gpt.config.vocab_size)
-            self.source, self.corpus = tokens, torch.from_numpy(np.array(tokens)).to(self.device)
+            self.source = tokens
+            if self.flags.corpus_on_device:
+                self.corpus = torch.from_numpy(np.array(tokens)).to(self.device)
+        if not self.flags.corpus_on_device:
+            return read_windows(tokens, starts, T)
         windows = self.corpus.unfold(0, T + 1, 1)[self.to_device(starts)].long()
         return windows[:, :-1], windows[:, 1:]
 
@@ -285,6 +317,10 @@ class TorchEngine:
             tensor.copy_(torch.from_numpy((average or weights)[name]))
         if self.flags.graph:
             self.update = Recorded(self)  # a recording made before would go on with the moments of before
+
+
+class NotRecordedError(RuntimeError):
+    """A step that runs, but cannot be recorded as a CUDA graph."""
 
 
 class Recorded:
@@ -333,19 +369,24 @@ class Recorded:
         torch.manual_seed(engine.dropout_seed)  # the dropout above was drawn from it
 
     def captured(self, stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
-        """The graph of one step, which is recorded and not run. Raises UserError if that ends dropout as well."""
+        """The graph of one step, which is recorded and not run.
+
+        Raises NotRecordedError if it cannot be; UserError if there is no dropout after that.
+        """
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, stream=stream):
                 self.outputs = self.engine.update_once(*self.batch)
         except Exception as error:
+            if is_full(error):
+                raise
             if self.engine.gpt.config.dropout > 0 and torch.__version__ < (2, 13):
                 # The generator still believes that it is being recorded, and refuses to draw.
                 raise UserError(
                     "the CUDA graph failed, and before PyTorch 2.13 there is no dropout after that: choose --no-graph "
                     f"({first_line(error)})"
                 ) from error
-            raise
+            raise NotRecordedError(first_line(error)) from error
         return graph
 
 
@@ -388,18 +429,19 @@ def settle(flags: TorchFlags, team: Team) -> TorchFlags:
         dtype = "bfloat16" if native else "float32"
     if dtype == "float64" and device.device == "mps":
         raise UserError("device mps has no float64: choose --dtype float32 or --device cpu")
-    if device.graph and not (cuda and device.fused):
-        raise UserError("--graph records the work of a CUDA GPU with a fused AdamW: choose --no-graph")
+    if device.graph and not cuda:
+        raise UserError("--graph records the work of a CUDA GPU: choose --no-graph")
     if device.graph and team.size > 1:
         raise UserError(f"--graph records the work of one process, not of {team.size}: choose --no-graph")
-    without = []
-    if device.graph and dtype == "float64":
-        device, without = replace(device, graph=False), ["float64 goes without a CUDA graph"]
-    if device.recompute and flags.model.dropout > 0 and (device.graph or device.compile):
-        device = replace(device, graph=False, compile=False)
-        without.append("recomputed dropout goes without a CUDA graph and torch.compile")
-    if without and team.rank == 0:
-        print("; ".join(without), file=sys.stderr)
+    unrecorded = {
+        "float64": dtype == "float64",
+        "a plain AdamW": not device.fused,
+        "recomputed dropout": device.recompute and flags.model.dropout > 0,  # sets the generator back
+    }
+    if device.graph and any(unrecorded.values()):
+        device = replace(device, graph=False)
+        if team.rank == 0:
+            print(f"{next(filter(unrecorded.get, unrecorded))} goes without a CUDA graph", file=sys.stderr)
     return replace(flags, device=device, training=replace(flags.training, dtype=dtype))
 
 
@@ -427,23 +469,9 @@ def flops_per_token(model: GPTConfig) -> int:
     return 6 * weights + 12 * model.n_layer * model.n_embd * model.block_size
 
 
-def check_memory(run: Run, flags: DeviceFlags, team: Team) -> None:
-    """Raises UserError, before anything is allocated, if the model cannot fit into the CPU's memory."""
-    if flags.device != "cpu" or not hasattr(os, "sysconf"):
-        return
-    model, size = run.model, 8 if run.training.dtype == "float64" else 4
-    copies = 4 + (run.training.ema > 0)  # weights, gradients, both moments, the average
-    state = copies * sum(math.prod(shape) for shape in param_shapes(model).values())
-    rows = -(-run.training.batch_size // run.training.grad_accum) * model.block_size
-    # What the backward pass needs of each block: some 16 arrays of C channels; and three of the logits' size.
-    kept = 1 if flags.recompute else 16 * model.n_layer
-    needed = size * (state + rows * (kept * model.n_embd + 3 * model.vocab_size))
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // team.size
-    if needed > there:
-        raise UserError(
-            f"this needs about {needed / 2**30:.0f} GB of memory, and a process here has {there / 2**30:.0f}: choose a "
-            "smaller --preset, more --grad-accum, a lower --batch-size or --block-size, or --recompute"
-        )
+def processes_here() -> int:
+    """How many processes torchrun started on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 @contextmanager
@@ -455,7 +483,10 @@ def join_team() -> Iterator[Team]:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     # The small messages between the processes go from CPU to CPU, so that no GPU waits for them.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    except RuntimeError as error:
+        raise UserError(f"process {os.environ['RANK']} did not find the others ({first_line(error)})") from error
     try:
         yield Team(dist.get_rank(), dist.get_world_size())
     finally:
@@ -474,7 +505,7 @@ def open_together(flags: TorchFlags, team: Team) -> Iterator[Run]:
         return
     opened = False
     try:
-        with open_run(flags, engine="torch") as run:
+        with open_run(flags, "torch", partial(check, flags=flags.device, team=team)) as run:
             opened = True
             if team.size > 1:
                 dist.broadcast_object_list([run])
@@ -498,18 +529,22 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"each of the {team.size} processes needs a sequence of every micro-batch: batch_size "
                 f"{flags.training.batch_size} in {flags.training.grad_accum} parts has too few"
             )
+        if flags.device.device == "cuda" and processes_here() > (gpus := torch.cuda.device_count()):
+            raise UserError(
+                f"{processes_here()} processes on this machine, and {gpus} GPUs: start one for each, or --device cpu"
+            )
         if flags.run.threads is not None:
             torch.set_num_threads(flags.run.threads)
         torch.set_float32_matmul_precision("high" if flags.device.tf32 else "highest")
-        with open_together(flags, team) as run:
-            try:
-                check_memory(run, flags.device, team)
+        be_deterministic(flags.device.deterministic)
+        try:
+            with open_together(flags, team) as run:
                 engine = TorchEngine(run.model, run.training, flags.device, team)
                 if engine.leader:
-                    describe(run, flags.device, team)
+                    describe(run, engine.flags, team)
                 stopped_by = train(engine, run)
-            except RuntimeError as error:
-                raise explained(error, team) from error
+        except RuntimeError as error:
+            raise explained(error, team) from error
     if stopped_by is not None:
         return 128 + stopped_by
     if engine.leader:
@@ -519,17 +554,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def check(model: GPTConfig, training: TrainConfig, flags: DeviceFlags, team: Team) -> None:
+    """Raises UserError, before anything is allocated or written, if the model cannot fit into the CPU's memory."""
+    if flags.device == "cpu":
+        explicit = flags.attention == "explicit"
+        needed = memory_needed(model, training, scores_kept=explicit, recompute=flags.recompute, processes=team.size)
+        check_memory(needed, "a lower --batch-size or --block-size, or --recompute", processes_here())
+
+
+def be_deterministic(wanted: bool) -> None:
+    """Let PyTorch's operations add in one order, or in whichever is fastest. Before anything runs on a GPU."""
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without which cuBLAS refuses
+    torch.use_deterministic_algorithms(wanted)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads such memory
+
+
 def explained(error: RuntimeError, team: Team) -> Exception:
     """The error as the user can mend it, if it is of that kind."""
-    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+    if is_full(error):
         return MemoryError(
             "the device is full: more --grad-accum, a lower --batch-size or --block-size, or --recompute"
         )
-    if team.size > 1:
+    if team.size > 1 and (isinstance(error, dist.DistError) or re.search("gloo|nccl|connection", str(error), re.I)):
         return UserError(
             f"process {team.rank} of {team.size} lost the others, and stops; what was saved stays ({first_line(error)})"
         )
     return error
+
+
+def is_full(error: Exception) -> bool:
+    """Is the device out of memory? On a CPU that is a RuntimeError like any other."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
 def first_line(error: Exception) -> str:

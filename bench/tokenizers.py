@@ -40,7 +40,7 @@ from data.corpus import Corpus, load_corpus
 from data.tokenizers import get_tokenizer, train_command
 from numpygpt import GPTConfig, param_shapes
 from sample import first_ids, load_for_sampling, token_stream
-from train_numpy import NumpyEngine
+from train_numpy import NumpyEngine, check
 from training.batches import Batches, step_rng
 from training.command import parse, run_program
 from training.config import PRESETS, Flags, RunFlags, TrainConfig, learning_rate
@@ -175,7 +175,7 @@ def train_contender(name: str, options: Options, corpus: Corpus, vocab_size: int
     """The run of one contender, trained now or before; or the signal that stopped it. Raises UserError."""
     flags = contender_flags(options, corpus, vocab_size)
     print(f"\n--- {name}")
-    with open_run(flags, options.engine) as run:
+    with open_run(flags, options.engine, check) as run:
         stopped_by = train(make_engine(options.engine, run.model, run.training), run)
     if stopped_by is not None:
         return stopped_by

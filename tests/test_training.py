@@ -3,7 +3,10 @@
 import dataclasses
 import json
 import math
+from collections.abc import Callable, Iterator
+from itertools import chain, repeat
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +20,7 @@ from numpygpt import GPTConfig
 from tests.runs import ENGINES, measured, start, write_text
 from train_numpy import NumpyEngine
 from train_torch import DeviceFlags, TorchEngine
+from training import loop
 from training.batches import Batches, random_batch, split, step_rng
 from training.config import PRESETS, Flags, ModelFlags, RunFlags, TrainConfig, learning_rate
 from training.evaluate import bits_per_char, consecutive_windows, estimate, evaluate
@@ -469,3 +473,28 @@ def test_tokenizers_of_a_run_can_be_bpe(tmp_path: Path) -> None:
     assert CharTokenizer.from_text(val_text).vocab_size < 300
     assert line["protocol"] == "full"
     assert line["bits_per_char"] < line["loss"] / math.log(2), "a token stands for more than one character"
+
+
+@pytest.mark.parametrize("kind", ENGINES)
+def test_the_end_tells_the_time_of_training_alone(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Without evaluations, and without the first step, which may have to compile."""
+    now = 0.0
+
+    def passing(work: Callable, seconds: Iterator[float]) -> Callable:
+        def call(*args: object) -> object:
+            nonlocal now
+            now += next(seconds)
+            return work(*args)
+
+        return call
+
+    engine = {"numpy": NumpyEngine, "torch": TorchEngine}[kind]
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr(engine, "train_step", passing(engine.train_step, chain([7.0], repeat(0.5))))
+    for name in ("evaluate", "estimate", "save_checkpoints"):
+        monkeypatch.setattr(loop, name, passing(getattr(loop, name), repeat(100.0)))
+    start(kind, write_text(tmp_path), tmp_path / "run")  # 12 updates of 6 sequences of 16 tokens
+    said = "5.5 s of training, 192 tokens/s; besides, 7.0 s for the first step"
+    assert said in capsys.readouterr().out.splitlines()

@@ -7,6 +7,7 @@ training.evaluate    the loss on a whole split, exact and comparable; the quick 
 training.metrics     metrics.jsonl and loss.png
 training.checkpoint  weights, moments and state on disk: written so that a crash loses nothing, read with suspicion
 training.run         the run folder: begin one, or go on with one
+training.memory      will it fit?
 training.stopping    Ctrl-C and SIGTERM
 training.loop        the training loop itself
 """

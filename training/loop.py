@@ -5,6 +5,7 @@ which numbers come out, apart from the arithmetic itself, is decided here.
 """
 
 import dataclasses
+import math
 import shlex
 import time
 from collections.abc import Sequence
@@ -103,10 +104,12 @@ def train(engine: Engine, run: Run) -> int | None:
         Stopping() as stopping,
     ):
         stop, began = None, time.perf_counter() - state.seconds
+        spans = []  # seconds of each update, without evaluations and saving
         timed_step, timed_at = state.step, time.perf_counter()
         save_at = time.perf_counter() + SAVE_SECONDS
         try:
             for step in range(state.step, config.max_steps):
+                started = time.perf_counter()
                 lr = learning_rate(step, config)
                 micro_batches = split(run.batches.at(step), config.grad_accum)
                 loss, grad_norm = engine.train_step(step, micro_batches, lr)
@@ -120,6 +123,7 @@ def train(engine: Engine, run: Run) -> int | None:
                     engine.check()  # a device works on as long as nobody looks at its numbers
                     loss, grad_norm = float(loss), float(grad_norm)
                 now = time.perf_counter()
+                spans.append(now - started)
                 state = dataclasses.replace(state, seconds=now - began)
                 bar.update()
                 if not engine.leader:
@@ -139,11 +143,11 @@ def train(engine: Engine, run: Run) -> int | None:
                 if due:
                     state = measure(engine, run, state, metrics, bar)
                 if due or stop or now > save_at:
-                    started = time.perf_counter()
+                    save_began = time.perf_counter()
                     engine.check()
                     save(engine, run, state, metrics)
                     now = time.perf_counter()
-                    save_at = now + max(SAVE_SECONDS, SAVE_RATIO * (now - started))
+                    save_at = now + max(SAVE_SECONDS, SAVE_RATIO * (now - save_began))
                     timed_step, timed_at = state.step, now  # the speed is that of training
                 if stop:
                     break
@@ -156,7 +160,7 @@ def train(engine: Engine, run: Run) -> int | None:
             raise UserError(f"could not write after {state.step} updates: {fault}; {what_is_saved(run)}") from error
 
     if engine.leader:
-        conclude(run, state)
+        conclude(run, state, spans)
     return stop if state.step < config.max_steps else None
 
 
@@ -217,8 +221,8 @@ def introduce(engine: Engine, run: Run, state: State) -> None:
         print("the run kept no average of its weights until now: it begins at the weights as they are")
 
 
-def conclude(run: Run, state: State) -> None:
-    """loss.png, and what came out."""
+def conclude(run: Run, state: State, spans: Sequence[float]) -> None:
+    """loss.png, and what came out. spans: the seconds of each update that was made."""
     title = f"{run.folder.name}: {run.engine}, {run.training.data}"
     draw_losses(run.folder / PICTURE, read_metrics(run.folder / METRICS), title, run.yardsticks)
     if state.best_loss is not None:
@@ -227,6 +231,10 @@ def conclude(run: Run, state: State) -> None:
             f"best validation loss, whole split: {state.best_loss:.4f} nats per token, {bits:.4f} bits per character, "
             f"at step {state.best_step} of {state.step}"
         )
+    if len(spans) > 1:
+        first, others = spans[0], math.fsum(spans[1:])  # the first one compiles, records, allocates
+        speed = (len(spans) - 1) * run.training.batch_size * run.model.block_size / others
+        print(f"{others:.1f} s of training, {speed:,.0f} tokens/s; besides, {first:.1f} s for the first step")
     if state.step < run.training.max_steps:
         print(f"stopped at step {state.step} and saved; go on with:")
         print(f"    python train_{run.engine}.py --resume {shlex.quote(str(run.folder))}")

@@ -12,7 +12,7 @@ import dataclasses
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -88,8 +88,10 @@ class Run:
 
 
 @contextmanager
-def open_run(flags: Flags, engine: str) -> Iterator[Run]:
+def open_run(flags: Flags, engine: str, check: Callable[[GPTConfig, TrainConfig], None]) -> Iterator[Run]:
     """Begin the run that the flags describe, or go on with the one they name; nobody else can while it is open.
+
+    check: called before anything in the folder changes; what it raises is passed on
 
     Raises UserError if the folder holds a run already, or is in use; if data, tokenizer and model do not fit each
     other; for a resumed run, if its files are damaged, or a flag would change what cannot be changed.
@@ -98,16 +100,16 @@ def open_run(flags: Flags, engine: str) -> Iterator[Run]:
         folder = Path(flags.run.resume)
         config = read_config(folder)
         with locked(folder):
-            yield resume_run(folder, config, flags, engine)
+            yield resume_run(folder, config, flags, engine, check)
     else:
         folder = Path(flags.run.run_dir or f"runs/{engine}-{flags.run.preset}")
         check_free(folder, flags.run.overwrite)  # before anything is put there
         with new_folder(folder), locked(folder):
             check_free(folder, flags.run.overwrite)  # and now that it cannot change
-            yield begin_run(folder, flags, engine)
+            yield begin_run(folder, flags, engine, check)
 
 
-def begin_run(folder: Path, flags: Flags, engine: str) -> Run:
+def begin_run(folder: Path, flags: Flags, engine: str, check: Callable[[GPTConfig, TrainConfig], None]) -> Run:
     """Make sure that everything fits, and only then write it down. config.json comes last: with it the run exists."""
     from data.corpus import load_corpus  # here: it takes longer to load than --help may take
 
@@ -117,6 +119,7 @@ def begin_run(folder: Path, flags: Flags, engine: str) -> Run:
     text = corpus.text if training.tokenizer == "char" else corpus.train_text
     tokenizer = get_tokenizer(training.tokenizer, text, training.bpe_vocab_size)
     model = flags.model.gpt_config(tokenizer.vocab_size)
+    check(model, training)
     run = assemble(folder, engine, model, training, tokenizer, corpus, None)
 
     for name in (CONFIG, METRICS, PICTURE):  # of a run that is to be overwritten
@@ -129,7 +132,9 @@ def begin_run(folder: Path, flags: Flags, engine: str) -> Run:
     return run
 
 
-def resume_run(folder: Path, config: RunConfig, flags: Flags, engine: str) -> Run:
+def resume_run(
+    folder: Path, config: RunConfig, flags: Flags, engine: str, check: Callable[[GPTConfig, TrainConfig], None]
+) -> Run:
     """Check what the flags change, load the newest checkpoint, and forget what was measured after it.
 
     A run with imported weights begins here: it takes whatever corpus, seed and batch size the flags say.
@@ -152,6 +157,7 @@ def resume_run(folder: Path, config: RunConfig, flags: Flags, engine: str) -> Ru
         raise UserError(
             f"{corpus.name} is not the corpus of {folder}: its SHA-256 is {corpus.sha256}, not {config.corpus_sha256}"
         )
+    check(model, training)
 
     for name in CHECKPOINTS:
         recover(folder, name)

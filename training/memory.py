@@ -1,0 +1,46 @@
+"""Does it fit into this machine's memory? Said before anything is allocated, or written."""
+
+import math
+import os
+from pathlib import Path
+
+from data import UserError
+from numpygpt import GPTConfig, param_shapes
+from training.config import TrainConfig
+
+__all__ = ["check_memory", "cpu_memory", "memory_needed"]
+
+
+def check_memory(needed: float, hint: str, processes: int = 1) -> None:
+    """Raises UserError if `processes` on this machine, each of which needs so many bytes, cannot all have them."""
+    if hasattr(os, "sysconf") and needed > (there := cpu_memory() / processes):  # Windows does not say
+        raise UserError(
+            f"this needs about {needed / 2**30:,.1f} GB of memory, and a process here has {there / 2**30:,.1f}: choose "
+            f"a smaller --preset, more --grad-accum, {hint}"
+        )
+
+
+def memory_needed(
+    model: GPTConfig, training: TrainConfig, *, scores_kept: bool, recompute: bool = False, processes: int = 1
+) -> float:
+    """Bytes that each of the processes which train one model needs at least.
+
+    scores_kept: attention keeps its (T, T) matrices for the backward pass
+    recompute: of each block, only the input is kept
+    """
+    size = 8 if training.dtype == "float64" else 4
+    copies = 4 + (training.ema > 0)  # weights, gradients, both moments, the average
+    state = copies * sum(math.prod(shape) for shape in param_shapes(model).values())
+    rows = -(-training.batch_size // (training.grad_accum * processes)) * model.block_size
+    # What the backward pass needs of each block: some 16 arrays of C channels; and three of the logits' size.
+    block = 16 * model.n_embd + scores_kept * model.n_head * model.block_size
+    blocks = model.n_layer * model.n_embd + block if recompute else model.n_layer * block
+    return size * (state + rows * (blocks + 3 * model.vocab_size))
+
+
+def cpu_memory() -> int:
+    """Bytes of memory that this machine has, or that its container may use, if that is less."""
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    allowed = limit.read_text().strip() if limit.exists() else "max"
+    return physical if allowed == "max" else min(physical, int(allowed))
