@@ -49,6 +49,12 @@ PEAKS = {
     "NVIDIA L4": 121e12,  # L4 Tensor Core GPU datasheet
 }
 NANOGPT_LOSS = 1.4697  # what nanoGPT reports for the full model, as a random-batch estimate
+HEADER = """
+| | ms/step | tokens/s | times the compiled plain loop's (quartiles) | memory, MB | MFU | first 3 steps, s |
+|---|---|---|---|---|---|---|"""
+RECIPE_HEADER = f"""
+| seed | s of training to {NANOGPT_LOSS} | at step | s in all | first step, s | best loss | at step |
+|---|---|---|---|---|---|---|"""
 MICRO_BATCH = {"gpt2": 8}  # sequences at once, where the preset's batch is far larger than a step here needs to be
 
 
@@ -169,23 +175,18 @@ def contenders(
         for mode in ("compiled", "eager")
     }
     for mode, flags in modes.items():
-        for dtype in ("bfloat16",) if preset == "gpt2" else ("float32", "bfloat16"):
+        for dtype in ("float32", "bfloat16"):
             makers[f"{mode}, {dtype}"] = partial(engine_updates, model, replace(training, dtype=dtype), flags, tokens)
     return makers
 
 
 def measure(preset: str, options: Options, corpus: Corpus) -> None:
-    """Print a table, row by row: tokens/s, ms/step, memory and MFU of every contender."""
+    """Print the rows of all contenders of a preset, below HEADER."""
     torch._dynamo.reset()  # another model's shapes would make this one's variable
     model, training, tokens = prepare(preset, corpus)
     cuda = options.device == "cuda"
     peak = PEAKS.get(torch.cuda.get_device_name()) if cuda else None
     tokens_per_step = training.batch_size * model.block_size
-    print(f"\n### {preset}: {tokens_per_step:,} tokens a step\n")
-    print(
-        "| | ms/step | tokens/s | times the compiled plain loop's (quartiles) | memory, MB | MFU | first 3 steps, s |"
-    )
-    print("|---|---|---|---|---|---|---|", flush=True)
     plain = None
     for name, make in contenders(preset, model, training, options.device, tokens).items():  # the plain loop first
         update = None
@@ -203,14 +204,14 @@ def measure(preset: str, options: Options, corpus: Corpus) -> None:
         except (RuntimeError, UserError) as error:
             if plain is None:
                 raise UserError(f"{name}, with which the others are compared, failed: {first_line(error)}") from error
-            print(f"| {name} | failed: {first_line(error)} | | | | | |", flush=True)
+            print(f"| {preset}: {name} | failed: {first_line(error)} | | | | | |", flush=True)
             continue
         typical = statistics.median(seconds for _, seconds in turns)
         low, middle, high = np.percentile([base / seconds for base, seconds in turns], (25, 50, 75))
         gain = f"{middle:.2f} ({low:.2f} to {high:.2f})"
         mfu = f"{flops_per_token(model) * tokens_per_step / typical / peak:.0%}" if peak and "bfloat16" in name else ""
         print(
-            f"| {name} | {typical * 1e3:.2f} | {tokens_per_step / typical:,.0f} | {gain} | {memory} | {mfu} "
+            f"| {preset}: {name} | {typical * 1e3:.2f} | {tokens_per_step / typical:,.0f} | {gain} | {memory} | {mfu} "
             f"| {first:.0f} |",
             flush=True,
         )
@@ -237,9 +238,7 @@ class Outcome:
 def train_recipe(options: Options, corpus: Corpus) -> None:
     """Train the full model by its recipe from several seeds, and print a table of what came of each, and the mean."""
     recipe = prepare("full", corpus)[1]
-    print(f"\n### full: the whole recipe, {recipe.max_steps:,} steps\n")
-    print(f"| seed | s of training to {NANOGPT_LOSS} | at step | s in all | first step, s | best loss | at step |")
-    print("|---|---|---|---|---|---|---|", flush=True)
+    print(RECIPE_HEADER, flush=True)
     best_losses = []
     for seed in range(recipe.seed, recipe.seed + options.seeds):
         run = train_once(seed, options, corpus)
@@ -248,8 +247,8 @@ def train_recipe(options: Options, corpus: Corpus) -> None:
         print(f"| {seed} | {reached} | {cells} |", flush=True)
         best_losses.append(run.best_loss)
     print(
-        f"\nbest loss over {len(best_losses)} seeds: mean {statistics.mean(best_losses):.4f}, "
-        f"from {min(best_losses):.4f} to {max(best_losses):.4f}"
+        f"| mean (range) | | | | | {statistics.mean(best_losses):.4f} "
+        f"({min(best_losses):.4f} to {max(best_losses):.4f}) | |"
     )
 
 
@@ -301,6 +300,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     corpus = load_corpus("shakespeare_char")
     torch.set_float32_matmul_precision("high")
     print(f"torch {torch.__version__}, {torch.cuda.get_device_name() if options.device == 'cuda' else 'CPU'}")
+    print(HEADER, flush=True)
     for preset in options.presets:
         measure(preset, options, corpus)
     if options.seeds > 0:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -159,7 +160,8 @@ def test_every_contender_takes_turns_with_the_plain_loop(small_gpu_bench: Path, 
     assert gpu.main(["--device", "cpu", "--presets", "tiny", "--rounds", "1", "--steps", "2", "--seeds", "0"]) == 0
     table = rows(capsys.readouterr().out)
     ours = [f"{mode}, {dtype}" for mode in ("eager", "compiled") for dtype in ("float32", "bfloat16")]
-    assert table.keys() == {"", "plain loop, compiled, bfloat16", "plain loop, eager, bfloat16", *ours}
+    names = ["plain loop, compiled, bfloat16", "plain loop, eager, bfloat16", *ours]
+    assert list(table) == ["", *(f"tiny: {name}" for name in names)]
     for name in table.keys() - {""}:
         ms, tokens_per_s = (float(cell.replace(",", "")) for cell in table[name][:2])
         assert 4 * 16 * 1000 / tokens_per_s == pytest.approx(ms, abs=0.006), "of B 4 and T 16, in hundredths"
@@ -179,9 +181,9 @@ def test_a_contender_that_fails_or_falls_back_has_no_numbers(
     assert gpu.main(["--device", "cpu", "--presets", "tiny", "--rounds", "1", "--steps", "1", "--seeds", "0"]) == 0
     table = rows(capsys.readouterr().out)
     for dtype in ("float32", "bfloat16"):
-        assert table[f"compiled, {dtype}"][0].startswith("failed: UserError: it went on without")
-        assert table[f"compiled, {dtype}"][1:] == [""] * 5
-        assert float(table[f"eager, {dtype}"][0]) > 0
+        assert table[f"tiny: compiled, {dtype}"][0].startswith("failed: UserError: it went on without")
+        assert table[f"tiny: compiled, {dtype}"][1:] == [""] * 5
+        assert float(table[f"tiny: eager, {dtype}"][0]) > 0
 
 
 def test_the_recipe_ends_in_the_losses_of_train_torch(
@@ -198,15 +200,14 @@ def test_the_recipe_ends_in_the_losses_of_train_torch(
     capsys.readouterr()
 
     gpu.train_recipe(gpu.Options(device="cpu", seeds=2), load_corpus(str(small_gpu_bench)))
-    printed = capsys.readouterr().out
-    table = rows(printed)
+    table = rows(capsys.readouterr().out)
     for seed, (loss, step) in expected.items():
         assert float(table[str(seed)][4]) == pytest.approx(loss, abs=6e-5)
         assert table[str(seed)][5] == str(step)
     assert table["1337"][1] == str(expected[1337][1])
     losses = [loss for loss, _ in expected.values()]
     low, mean, high = min(losses), statistics.mean(losses), max(losses)
-    assert printed.endswith(f"best loss over 2 seeds: mean {mean:.4f}, from {low:.4f} to {high:.4f}\n")
+    assert table["mean (range)"][4] == f"{mean:.4f} ({low:.4f} to {high:.4f})"
 
 
 def test_a_recipe_that_lost_its_compiler_is_not_timed(small_gpu_bench: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,3 +245,18 @@ def test_a_gpu_bench_that_makes_no_sense_is_one_line(
 def test_without_a_gpu_the_bench_says_so(capsys: pytest.CaptureFixture) -> None:
     _, error = refused(lambda: run_program(lambda: gpu.main([])), capsys)
     assert error.startswith("error: no CUDA GPU here, so nothing to measure")
+
+
+def test_the_page_has_the_rows_that_the_bench_prints() -> None:
+    """Each with its numbers, or marked."""
+    page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    assert gpu.HEADER.strip() in page
+    assert gpu.RECIPE_HEADER.strip() in page
+    table = rows(page.split("## GPU")[1])
+    nothing = (PRESETS["full"].model.gpt_config(65), PRESETS["full"].training, "cuda", np.arange(9))
+    names = [f"{preset}: {name}" for preset in ("full", "gpt2") for name in gpu.contenders(preset, *nothing)]
+    seeds = [str(PRESETS["full"].training.seed + i) for i in range(3)]
+    assert list(table) == ["", *names, "seed", *seeds, "mean (range)"]
+    for name in (*names, *seeds, "mean (range)"):
+        assert len(table[name]) == 6
+        assert table[name][0] == "not measured yet" or any(cell[:1].isdigit() for cell in table[name])
