@@ -186,7 +186,7 @@ def layernorm_forward(
     C = x.shape[-1]
     xhat = x - sum_channels(x) / C
     variance = np.vecdot(xhat, xhat)[..., None] / C
-    rstd = 1 / np.sqrt(variance + eps)
+    rstd = 1 / np.sqrt(variance + eps) + 0 * variance  # where the variance overflows, NaN: 0 would hide it
     xhat *= rstd
     out = xhat * weight
     if bias is not None:

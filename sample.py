@@ -24,7 +24,7 @@ import numpy as np
 
 from data import UserError
 from data.tokenizers import Tokenizer
-from numpygpt import GPT, GPTConfig, Params
+from numpygpt import GPT, GPTConfig, Params, check_sampling
 from training.batches import step_rng
 from training.command import parse, run_program
 from training.run import load_run
@@ -93,6 +93,10 @@ def write_samples(
     ):
         if value < least:
             raise UserError(f"{name} must be at least {least}, got {value}")
+    try:
+        check_sampling(temperature, top_k)
+    except ValueError as error:
+        raise UserError(str(error)) from error
     config, weights, tokenizer = load_for_sampling(folder)
     ids = tokenizer.encode(prompt) if prompt else first_ids(tokenizer)
     for number in range(num_samples):
@@ -100,10 +104,7 @@ def write_samples(
             print(f"--- sample {number + 1} of {num_samples}")
         print(prompt or "", end="", flush=True)
         rng = step_rng(seed, number, "sample")
-        try:
-            new_ids = token_stream(engine, config, weights, ids, rng, temperature, top_k)
-        except ValueError as error:  # what the engines say of settings
-            raise UserError(str(error)) from error
+        new_ids = token_stream(engine, config, weights, ids, rng, temperature, top_k)
         for piece in tokenizer.stream(islice(new_ids, max_new_tokens)):
             print(piece, end="", flush=True)
         print()
@@ -142,7 +143,9 @@ def piped_prompt() -> str | None:
 
 
 def read_prompt() -> str:
-    """All of standard input. Raises UserError if it is not UTF-8."""
+    """All of standard input. Raises UserError if it is closed, or not UTF-8."""
+    if sys.stdin is None:
+        raise UserError("no prompt: standard input is closed")
     try:
         return sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as error:

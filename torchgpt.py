@@ -154,7 +154,7 @@ class GPT(nn.Module):
         """
         checked = self.checked and not torch.compiler.is_compiling()
         if checked:
-            check_batch(self.config, idx.cpu().numpy(), None if targets is None else targets.cpu().numpy())
+            check_batch(self.config, as_array("idx", idx), None if targets is None else as_array("targets", targets))
         logits = self._logits(idx)
         if checked:
             self._check_finite(logits)
@@ -165,7 +165,7 @@ class GPT(nn.Module):
     def _logits(self, idx: Tensor, pasts: list[Past] | None = None) -> Tensor:
         """idx (B, T) -> logits (B, T, V), or (B, 1, V) with pasts."""
         start = 0 if pasts is None else pasts[0][2]
-        x = self.wte(idx) + self.wpe.weight[start : start + idx.shape[1]]
+        x = self.wte(idx.long()) + self.wpe.weight[start : start + idx.shape[1]]
         x = F.dropout(x, self.config.dropout, self.training)
         for i, block in enumerate(self.h):
             if self.recompute and self.training:
@@ -216,7 +216,7 @@ class GPT(nn.Module):
         Arguments and errors are those of numpygpt's GPT.stream, and so, from the same weights and rng, are the tokens;
         these have idx's dtype and device. Never with dropout, whatever the model's mode.
         """
-        check_ids("idx", idx.cpu().numpy(), 0, self.config.vocab_size)
+        check_ids("idx", as_array("idx", idx), 0, self.config.vocab_size)
         check_sampling(temperature, top_k)
         return self._stream(idx, temperature, top_k, np.random.default_rng() if rng is None else rng)
 
@@ -236,6 +236,13 @@ class GPT(nn.Module):
             window = torch.cat([window, tokens[:, None]], dim=1)
             if window.shape[1] > config.block_size:
                 window, start = window[:, 1:], 0
+
+
+def as_array(name: str, ids: Tensor) -> np.ndarray:
+    """A copy for numpygpt's checks. Raises ValueError for floats here: NumPy has no bfloat16 to be told of."""
+    if ids.is_floating_point():
+        raise ValueError(f"{name} must hold integers, got dtype {str(ids.dtype).removeprefix('torch.')}")
+    return ids.cpu().numpy()
 
 
 @contextmanager

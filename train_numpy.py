@@ -114,9 +114,9 @@ def check(model: GPTConfig, training: TrainConfig) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     flags = parse_flags(argv, Flags, "train_numpy.py", preset="small", description=__doc__.split("\n")[0])
-    if flags.training.dtype == "bfloat16":
+    if flags.training.dtype == "bfloat16" and flags.run.resume is None:
         raise UserError("dtype bfloat16 is for train_torch.py: choose float32 or float64")
-    if flags.training.dtype == "auto":
+    if flags.training.dtype in ("auto", "bfloat16"):  # a run of bfloat16 has weights of float32
         flags = dataclasses.replace(flags, training=dataclasses.replace(flags.training, dtype="float32"))
 
     warnings.simplefilter("ignore", RuntimeWarning)  # NumPy's of NaN and infinity, at which the engine stops anyway

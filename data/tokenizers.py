@@ -145,7 +145,7 @@ class CharTokenizer:
             at = int(np.argmin(ids))
             raise UserError(
                 f"character {text[at]!r} (U+{ord(text[at]):04X}) at position {at} is not among the "
-                f"{self.vocab_size} characters of the vocabulary; use only characters of the training text"
+                f"{self.vocab_size} characters of the vocabulary: use only those, or another tokenizer"
             )
         return ids
 

@@ -164,6 +164,38 @@ def test_finite_weights_whose_logits_are_not() -> None:
         assert_both_say(pattern, lambda engine: message_of(lambda: generate(models[engine], GOOD, 1)))
 
 
+@pytest.mark.parametrize("name", ["wte.weight", "wpe.weight", "h.0.attn.c_proj.bias", "h.1.mlp.c_proj.bias"])
+def test_channels_whose_variance_overflows(name: str) -> None:
+    """A failure: LayerNorm divides by infinity, all its outputs are 0, and the loss is log V as if nothing were."""
+    params = {name: param.astype(np.float32) for name, param in random_weights(CONFIG, 0).items()}
+    params[name].flat[::3] = 1e25
+    models = {engine: make(engine, CONFIG, params) for engine in ENGINES}
+    pattern = "logits must be finite, got finite weights too large for their dtype$"
+    with np.errstate(all="ignore"):
+        for action in (lambda model: forward(model, GOOD, GOOD), lambda model: generate(model, GOOD, 1)):
+            assert_both_say(pattern, lambda engine, do=action: message_of(lambda: do(models[engine])))
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "int16", "int32", "uint16", "uint32", "uint64"])
+def test_ids_may_be_any_integers(dtype: str) -> None:
+    """A failure: PyTorch's embedding takes two of these dtypes only, and says so in its own words."""
+    models = {engine: make(engine, CONFIG, random_weights(CONFIG, 0)) for engine in ENGINES}
+    ids = GOOD.astype(dtype)
+    for model in models.values():
+        (logits, loss), (same, equal) = forward(model, GOOD, GOOD), forward(model, ids, ids)
+        assert np.array_equal(logits, same)
+        assert loss == equal
+        assert np.array_equal(generate(model, GOOD, 3, temperature=0), generate(model, ids, 3, temperature=0))
+
+
+def test_ids_of_a_dtype_that_numpy_does_not_know() -> None:
+    model = torchgpt.GPT(CONFIG)
+    ids = torch.zeros((1, 2), dtype=torch.bfloat16)
+    assert message_of(lambda: model(ids)) == "idx must hold integers, got dtype bfloat16"
+    assert message_of(lambda: model.generate(ids, 1)) == "idx must hold integers, got dtype bfloat16"
+    assert message_of(lambda: model(ids.long(), ids)) == "targets must hold integers, got dtype bfloat16"
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The configuration, the parameters, the optimizer
 

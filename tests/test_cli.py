@@ -62,7 +62,11 @@ def test_a_whole_run_and_a_sample_of_it(engine: str, tmp_path: Path) -> None:
     steps = {kind: [x["step"] for x in lines if (x["split"], x["protocol"]) == kind] for kind in
              (("train", "batch"), ("train", "estimate"), ("val", "estimate"), ("val", "full"))}  # fmt: skip
     assert list(steps.values()) == [list(range(12)), [4, 8, 12], [4, 8, 12], [5, 10, 12]]
-    assert {"step", "split", "protocol", "loss", "lr", "grad_norm", "tokens"} == set(lines[0])
+    for line in lines:
+        bits = {"bits_per_char"} if line["protocol"] == "full" else set()
+        assert {"step", "split", "protocol", "loss", "lr", "grad_norm", "tokens"} | bits == set(line)
+    updates = {line["step"] + 1: (line["lr"], line["grad_norm"]) for line in lines if line["protocol"] == "batch"}
+    assert all(updates[x["step"]] == (x["lr"], x["grad_norm"]) for x in lines if x["protocol"] != "batch")
 
     sampled = command("sample.py", tmp_path / "a run", "--max-new-tokens", 20)
     assert sampled.returncode == 0, sampled.stderr
@@ -142,6 +146,16 @@ def test_an_error_is_one_line_on_a_terminal_without_box_drawing() -> None:
     assert one_line(done.stderr) == "error: Unrecognized options: --frobnicate (see train_numpy.py --help)\n"
 
 
+def test_what_a_terminal_cannot_show_is_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("ταῦτα πάντα ῥεῖ\n" * 200, encoding="utf-8")
+    flags = arguments(SMALL | {"--data": path, "--run-dir": tmp_path / "λόγος", "--max-steps": 2})
+    for argv in (["train_numpy.py", *flags], ["sample.py", tmp_path / "λόγος", "--max-new-tokens", 20]):
+        done = command(*argv, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+        assert done.returncode == 0, done.stderr
+        assert "?????" in done.stdout
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize(
     ("wrong", "said"),
@@ -158,6 +172,7 @@ def test_an_error_is_one_line_on_a_terminal_without_box_drawing() -> None:
         (["--dtype", "float16"], "float16"),
         (["stray"], "stray"),
         (["--resume", "x", "--run-dir", "y"], "no file 'x/config.json'"),
+        (["--run-dir", "", "--overwrite"], "must name a folder"),
     ],
 )
 def test_a_wrong_flag_is_one_line(engine: str, wrong: list[str], said: str, capsys: pytest.CaptureFixture) -> None:

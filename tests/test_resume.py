@@ -233,6 +233,11 @@ def test_the_corpus_may_move_but_not_change(
     moved = tmp_path / "moved.txt"
     shutil.copy(finished.parent / "text.txt", moved)
     assert resume("numpy", run_dir, data=moved) == 0
+    moved.rename(tmp_path / "moved again.txt")
+    said = refused(lambda: resume("numpy", run_dir), capsys)[1]
+    assert f"no file '{moved}'" in said
+    assert f"{run_dir} learned from it: if it has moved, say where with --data" in said
+    (tmp_path / "moved again.txt").rename(moved)
     moved.write_text(moved.read_text() + " ")
     assert resume("numpy", run_dir) == 1
     assert f"{moved} is not the corpus of {run_dir}" in capsys.readouterr().err
@@ -350,3 +355,14 @@ def test_a_folder_that_is_no_run_gets_no_lock(tmp_path: Path, capsys: pytest.Cap
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(UserError):
         read_config(tmp_path)
+
+
+def test_a_run_of_bfloat16_goes_on_in_numpy(text: Path, tmp_path: Path) -> None:
+    """Its weights are float32."""
+    run_dir = tmp_path / "run"
+    start("torch", text, run_dir, dtype="bfloat16")
+    assert resume("numpy", run_dir, max_steps=14) == 0
+    config = read_config(run_dir)
+    assert config.training.dtype == "float32"
+    assert config.changes[0]["dtype"] == ["bfloat16", "float32"]
+    assert [line["step"] for line in measured(run_dir) if line["protocol"] == "batch"] == list(range(14))

@@ -103,6 +103,7 @@ def test_a_closed_standard_input_is_no_prompt(
     free = sampled(run_dir, "--max-new-tokens", 20, capsys=capsys)
     monkeypatch.setattr(sys, "stdin", None)  # what Python makes of it
     assert sampled(run_dir, "--max-new-tokens", 20, capsys=capsys) == free
+    assert "standard input is closed" in refused(run_dir, "--prompt", "-", capsys=capsys)
 
 
 @pytest.mark.parametrize("engine", ["numpy", "torch"])
@@ -175,7 +176,8 @@ def test_settings_that_make_no_sense(
     run_dir: Path, engine: str, options: list, said: str, capsys: pytest.CaptureFixture
 ) -> None:
     engine_flags = [] if "--engine" in options else ["--engine", engine]
-    assert said in refused(run_dir, *options, *engine_flags, capsys=capsys)
+    prompt = [] if "--prompt" in options else ["--prompt", "A"]
+    assert said in refused(run_dir, *prompt, *options, *engine_flags, capsys=capsys)
 
 
 def test_a_folder_that_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

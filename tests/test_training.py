@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Callable, Iterator
 from itertools import chain, repeat
 from pathlib import Path
@@ -15,9 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data import UserError
-from data.tokenizers import CharTokenizer
+from data.tokenizers import CharTokenizer, save
 from numpygpt import GPTConfig
-from tests.runs import ENGINES, measured, start, write_text
+from tests.runs import ENGINES, measured, refused, start, write_text
 from train_numpy import NumpyEngine
 from train_torch import DeviceFlags, TorchEngine
 from training import loop
@@ -498,3 +499,17 @@ def test_the_end_tells_the_time_of_training_alone(
     start(kind, write_text(tmp_path), tmp_path / "run")  # 12 updates of 6 sequences of 16 tokens
     said = "5.5 s of training, 192 tokens/s; besides, 7.0 s for the first step"
     assert said in capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.parametrize("at", [70_000, 190_000])
+def test_a_text_that_the_tokenizer_does_not_know_is_named_with_the_place(
+    at: int, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """In either split, counted from the beginning of the text."""
+    text, tokenizer = tmp_path / "text.txt", tmp_path / "tokenizer.json"
+    save(CharTokenizer.from_text("ab"), tokenizer)
+    text.write_text("ab" * (at // 2) + "z" + "ab" * ((200_000 - at) // 2))
+    _, error = refused(lambda: start("numpy", text, tmp_path / "run", tokenizer=tokenizer), capsys)
+    found = re.search(r"from its character ([\d,]+) on, character 'z' \(U\+007A\) at position (\d+) is not", error)
+    assert int(found[1].replace(",", "")) + int(found[2]) == at
+    assert error.startswith(f"error: {text} does not suit the tokenizer")

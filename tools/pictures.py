@@ -310,7 +310,7 @@ def draw_grad_norm(subject: Subject) -> "Figure":
     """The norm of the whole gradient at each logged step, before clipping, and where it is clipped."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    norms = [(line["step"], line["grad_norm"]) for line in subject.metrics if "grad_norm" in line]
+    norms = [(line["step"], line["grad_norm"]) for line in subject.metrics if line["protocol"] == "batch"]
     figure = new_figure(8, 4)
     axes = figure.subplots()
     axes.semilogy(*zip(*norms, strict=True), color="tab:blue", linewidth=0.9, label="before clipping")

@@ -126,6 +126,8 @@ class RunFlags:
             raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {shorten(self.preset)}")
         if self.threads is not None:
             check_integer(self, "threads", at_least=1)
+        if "" in (self.run_dir, self.resume):
+            raise ValueError("run_dir and resume must name a folder, got an empty name")
         if self.resume is not None and (self.overwrite or self.run_dir is not None):
             raise ValueError("resume already names the run's folder: leave out run_dir and overwrite")
 

@@ -134,14 +134,14 @@ def train(engine: Engine, run: Run) -> int | None:
                 if log:
                     speed = (step + 1 - timed_step) * tokens_per_step / (now - timed_at)
                     timed_step, timed_at = step + 1, now
-                    update = {"lr": lr, "grad_norm": grad_norm, "tokens": step * tokens_per_step}
-                    times = {"seconds": now - began, "tokens_per_s": speed}
-                    metrics.write(step, "train", "batch", loss, **update, **times)
+                    times = {"tokens": step * tokens_per_step, "seconds": now - began, "tokens_per_s": speed}
+                    metrics.write(step, "train", "batch", loss, lr=lr, grad_norm=grad_norm, **times)
                     bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s", refresh=False)
+                update = {"lr": lr, "grad_norm": grad_norm}
                 if look:
-                    watch(engine, run, state, metrics, bar)
+                    watch(engine, run, state, update, metrics, bar)
                 if due:
-                    state = measure(engine, run, state, metrics, bar)
+                    state = measure(engine, run, state, update, metrics, bar)
                 if due or stop or now > save_at:
                     save_began = time.perf_counter()
                     engine.check()
@@ -164,23 +164,27 @@ def train(engine: Engine, run: Run) -> int | None:
     return stop if state.step < config.max_steps else None
 
 
-def watch(engine: Engine, run: Run, state: State, metrics: MetricsWriter, bar: "tqdm") -> None:
-    """Estimate the loss on both splits, quickly."""
+def watch(
+    engine: Engine, run: Run, state: State, update: dict[str, float], metrics: MetricsWriter, bar: "tqdm"
+) -> None:
+    """Estimate the loss on both splits, quickly. update: the rate and the gradient's norm of the last one."""
     config = run.training
     report = []
     for name, tokens in (("train", run.batches.tokens), ("val", run.val_tokens)):
         sizes = (run.model.block_size, config.batch_size, config.estimate_batches)
         loss = estimate(engine.loss, tokens, *sizes, config.seed, state.step)
-        metrics.write(state.step, name, "estimate", loss, **so_far(run, state))
+        metrics.write(state.step, name, "estimate", loss, **update, **so_far(run, state))
         report.append(f"{name} {loss:.4f}")
     say(bar, f"step {state.step:>6}: {', '.join(report)} (estimates)")
 
 
-def measure(engine: Engine, run: Run, state: State, metrics: MetricsWriter, bar: "tqdm") -> State:
-    """Measure the loss on the whole validation split -> the state, with the best so far."""
+def measure(
+    engine: Engine, run: Run, state: State, update: dict[str, float], metrics: MetricsWriter, bar: "tqdm"
+) -> State:
+    """Measure the loss on the whole validation split -> the state, with the best so far. update: as for `watch`."""
     loss = evaluate(engine.loss, run.val_tokens, run.model.block_size, engine.eval_batch_size)
     bits = bits_per_char(loss, len(run.val_tokens) - 1, run.val_chars)
-    metrics.write(state.step, "val", "full", loss, bits_per_char=bits, **so_far(run, state))
+    metrics.write(state.step, "val", "full", loss, bits_per_char=bits, **update, **so_far(run, state))
     say(bar, f"step {state.step:>6}: val {loss:.4f} on the whole split, {bits:.4f} bits per character")
     if state.best_loss is None or loss < state.best_loss:
         state = dataclasses.replace(state, best_step=state.step, best_loss=loss)

@@ -7,8 +7,8 @@ split      train, val
 protocol   batch: the training batch that the next update learns from; estimate: random batches; full: the whole split
 loss       nats per token
 
-Where they apply: lr and grad_norm of the update, tokens learned from so far, seconds since the run began (stops not
-counted), tokens_per_s since the last such line, bits_per_char.
+Where they apply: lr and grad_norm of the update (of a batch, the one it leads to; else the last one), tokens learned
+from so far, seconds since the run began (stops not counted), tokens_per_s since the last such line, bits_per_char.
 """
 
 import errno

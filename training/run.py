@@ -143,7 +143,12 @@ def resume_run(
 
     tokenizer = load(folder / TOKENIZER)
     begins = config.corpus_sha256 == NO_CORPUS
-    corpus = load_corpus(flags.training.data)
+    try:
+        corpus = load_corpus(flags.training.data)
+    except UserError as error:
+        if begins or flags.training.data != config.training.data:
+            raise
+        raise UserError(f"{error}; {folder} learned from it: if it has moved, say where with --data") from error
     training = dataclasses.replace(flags.training, data=corpus.name) if begins else flags.training
     model = flags.model.gpt_config(tokenizer.vocab_size)
     changes = changed({"engine": config.engine}, {"engine": engine})
@@ -191,7 +196,11 @@ def assemble(
     """Encode both splits and take the measures that need no model. Raises UserError if either split is too short."""
     from bigram import bigram_loss
 
-    train_tokens, val_tokens = (encode(tokenizer, text, folder) for text in (corpus.train_text, corpus.val_text))
+    splits = {0: corpus.train_text, len(corpus.train_text): corpus.val_text}
+    try:
+        train_tokens, val_tokens = (encode(tokenizer, text, folder, start) for start, text in splits.items())
+    except UserError as error:
+        raise UserError(f"{corpus.name} does not suit the tokenizer: {error}") from error
     if len(val_tokens) < 2:
         raise UserError(
             f"{corpus.name} is too short: its validation split, the last tenth, has {len(val_tokens)} tokens, and 2 "
@@ -205,14 +214,19 @@ def assemble(
     return Run(folder, engine, model, training, tokenizer, batches, val_tokens, val_chars, yardsticks, checkpoint)
 
 
-def encode(tokenizer: Tokenizer, text: str, folder: Path) -> np.ndarray:
+def encode(tokenizer: Tokenizer, text: str, folder: Path, start: int) -> np.ndarray:
     """The token ids of a text, (n,) int32, mapped from a file, so that a large corpus takes disk and not memory.
 
     The file has no name: it is in the folder as long as the array is, and a crash leaves nothing of it.
+    start: where in its corpus the text begins. Raises UserError that says from where on something cannot be encoded.
     """
     with tempfile.TemporaryFile(dir=folder) as file:
         for piece in cut(text):
-            file.write(tokenizer.encode(piece).astype(np.int32).tobytes())
+            try:
+                file.write(tokenizer.encode(piece).astype(np.int32).tobytes())
+            except UserError as error:
+                raise UserError(f"from its character {start:,} on, {error}") from error
+            start += len(piece)
         file.flush()
         return np.memmap(file, np.int32, mode="r") if file.tell() else np.empty(0, np.int32)
 
