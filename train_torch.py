@@ -451,7 +451,8 @@ def describe(run: Run, flags: DeviceFlags, team: Team) -> None:
     modes += ["CUDA graph"] * flags.graph + ["padded head"] * flags.pad_vocab + ["recomputed blocks"] * flags.recompute
     modes += [f"{team.size} processes"] * (team.size > 1)
     print(f"device {flags.device}, {run.training.dtype}, {', '.join(modes)}")
-    steps, tokens = run.training.max_steps, run.training.batch_size * run.model.block_size
+    made = run.checkpoint.state.step if run.checkpoint else 0
+    steps, tokens = run.training.max_steps - made, run.training.batch_size * run.model.block_size
     hours = steps * tokens * flops_per_token(run.model) / 1e11 / 3600
     if flags.device == "cpu" and hours > 0.5:
         print(

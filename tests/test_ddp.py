@@ -180,11 +180,17 @@ def test_a_full_device_is_one_line_that_names_the_flags_to_change(
 
 
 def test_the_full_model_without_a_gpu_names_the_small_one(capsys: pytest.CaptureFixture) -> None:
-    class Full:
-        model, training = PRESETS["full"].model.gpt_config(65), PRESETS["full"].training
-
-    train_torch.describe(Full(), CPU, train_torch.Team())
-    assert "--preset small takes minutes" in capsys.readouterr().out
+    """And no longer, once most of it is done."""
+    training = PRESETS["full"].training
+    full = SimpleNamespace(model=PRESETS["full"].model.gpt_config(65), training=training, checkpoint=None)
+    train_torch.describe(full, CPU, Team())
+    assert f"no GPU: {training.max_steps:,} steps of 16,384 tokens would take about" in (
+        said := capsys.readouterr().out
+    )
+    assert "--preset small takes minutes" in said
+    full.checkpoint = SimpleNamespace(state=SimpleNamespace(step=training.max_steps - 1))
+    train_torch.describe(full, CPU, Team())
+    assert "no GPU" not in capsys.readouterr().out
 
 
 def test_a_step_that_nobody_looked_at_changes_nothing_once_it_is_not_finite() -> None:

@@ -139,6 +139,7 @@ def test_a_vocabulary_without_a_line_end(tmp_path: Path, capsys: pytest.CaptureF
 def test_vocabulary_entries_without_a_token_are_never_drawn(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     text = write_text(tmp_path)
     assert start("numpy", text, tmp_path / "run", vocab_size=5000, max_steps=1, decay_steps=3) == 0
+    assert ", vocabulary 5000, of which the tokenizer char uses " in capsys.readouterr().out
     shown = sampled(tmp_path / "run", "--temperature", 5, "--max-new-tokens", 50, capsys=capsys)
     assert len(shown) == 51
     whole, cut = load_run(tmp_path / "run"), sample.load_for_sampling(tmp_path / "run")

@@ -213,10 +213,11 @@ def save(engine: Engine, run: Run, state: State, metrics: MetricsWriter) -> None
 
 def introduce(engine: Engine, run: Run, state: State) -> None:
     """What is about to happen."""
-    model, config = run.model, run.training
+    model, config, used = run.model, run.training, run.tokenizer.vocab_size
     print(
         f"{run.engine} engine, {config.dtype}, {engine.num_params():,} parameters: {model.n_layer} layers, "
         f"{model.n_head} heads, {model.n_embd} channels, block {model.block_size}, vocabulary {model.vocab_size}"
+        + (f", of which the tokenizer {config.tokenizer} uses {used}" if used < model.vocab_size else "")
     )
     print(f"{config.data}: {len(run.batches.tokens):,} tokens to learn from, {len(run.val_tokens):,} to validate on")
     print("to beat: " + ", ".join(f"{name} {loss:.4f}" for name, loss in run.yardsticks.items()) + " nats per token")
