@@ -532,7 +532,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         if flags.device.device == "cuda" and processes_here() > (gpus := torch.cuda.device_count()):
             raise UserError(
-                f"{processes_here()} processes on this machine, and {gpus} GPUs: start one for each, or --device cpu"
+                f"more processes on this machine ({processes_here()}) than GPUs ({gpus}): start one for each GPU, or "
+                "choose --device cpu"
             )
         if flags.run.threads is not None:
             torch.set_num_threads(flags.run.threads)

@@ -321,7 +321,10 @@ def test_more_processes_than_gpus_is_one_line(monkeypatch: pytest.MonkeyPatch, c
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     _, error = refused(lambda: run_program(lambda: train_torch.main(["--preset", "tiny", "--device", "cuda"])), capsys)
-    assert error == "error: 2 processes on this machine, and 1 GPUs: start one for each, or --device cpu\n"
+    assert (
+        error
+        == "error: more processes on this machine (2) than GPUs (1): start one for each GPU, or choose --device cpu\n"
+    )
 
 
 @pytest.mark.parametrize("native", [True, False])
