@@ -197,7 +197,6 @@ PRESETS = {
             learning_rate=1e-3,
             min_lr=1e-5,
             warmup_steps=100,
-            ema=0.995,
             eval_interval=250,
         ),
     ),
