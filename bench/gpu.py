@@ -13,6 +13,7 @@ the rounds of the ratio within each. A contender that fails, or has to do withou
 """
 
 import gc
+import importlib.util
 import math
 import statistics
 import sys
@@ -25,6 +26,9 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+
+if __name__ == "__main__" and importlib.util.find_spec("torch") is None:
+    sys.exit("error: needs the package torch: pip install -r requirements-dev.txt")
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))

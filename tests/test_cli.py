@@ -1,8 +1,10 @@
 """The trainers' command lines: what they print, what they keep, and what they say when something is wrong."""
 
+import importlib.util
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -366,6 +368,13 @@ def test_sampling_with_an_engine_that_is_not_installed(
     argv = [str(tmp_path / "run"), "--prompt", "A", "--engine", "torch"]
     assert run_program(lambda: sample.main(argv)) == 1
     assert one_line(capsys.readouterr().err) == "error: needs the package torch: pip install -r requirements-dev.txt\n"
+
+
+@pytest.mark.parametrize("program", ["train_torch.py", "bench/gpu.py"])
+def test_what_is_all_pytorch_says_so_where_there_is_none(program: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match=r"^error: needs the package torch: pip install -r requirements-dev\.txt$"):
+        runpy.run_path(str(ROOT / program), run_name="__main__")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
