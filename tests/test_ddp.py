@@ -492,7 +492,7 @@ def test_the_memory_that_a_process_needs_and_has(monkeypatch: pytest.MonkeyPatch
 
     def fits(there: int, processes: int = 1, **changes: object) -> bool:
         monkeypatch.setattr(memory, "cpu_memory", lambda: there << 30)
-        given = {name: changes.pop(name) for name in ("batch_size", "grad_accum", "ema") if name in changes}
+        given = {name: changes.pop(name) for name in ("batch_size", "grad_accum", "ema", "dtype") if name in changes}
         flags = dataclasses.replace(CPU, **changes)
         try:
             train_torch.check(model, dataclasses.replace(training, **given), flags, Team(0, processes))
@@ -508,6 +508,8 @@ def test_the_memory_that_a_process_needs_and_has(monkeypatch: pytest.MonkeyPatch
     assert fits(10, grad_accum=120)
     assert not fits(12, attention="explicit")
     assert not fits(11, ema=0.9)
+    assert fits(7, dtype="bfloat16")
+    assert not fits(20, dtype="float64")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert fits(28, processes=4), "each of them a quarter of the batch, and of the memory"
     assert not fits(12, processes=4)

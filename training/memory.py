@@ -28,14 +28,15 @@ def memory_needed(
     scores_kept: attention keeps its (T, T) matrices for the backward pass
     recompute: of each block, only the input is kept
     """
-    size = 8 if training.dtype == "float64" else 4
+    number = 8 if training.dtype == "float64" else 4
+    activation = 2 if training.dtype == "bfloat16" else number
     copies = 4 + (training.ema > 0)  # weights, gradients, both moments, the average
     state = copies * sum(math.prod(shape) for shape in param_shapes(model).values())
     rows = -(-training.batch_size // (training.grad_accum * processes)) * model.block_size
     # What the backward pass needs of each block: some 16 arrays of C channels; and three of the logits' size.
     block = 16 * model.n_embd + scores_kept * model.n_head * model.block_size
     blocks = model.n_layer * model.n_embd + block if recompute else model.n_layer * block
-    return size * (state + rows * (blocks + 3 * model.vocab_size))
+    return number * state + activation * rows * (blocks + 3 * model.vocab_size)
 
 
 def cpu_memory() -> int:
