@@ -239,7 +239,7 @@ class GPT(nn.Module):
 
 
 def as_array(name: str, ids: Tensor) -> np.ndarray:
-    """A copy for numpygpt's checks. Raises ValueError for floats here: NumPy has no bfloat16 to be told of."""
+    """The ids for numpygpt's checks. Raises ValueError for floats here: NumPy has no bfloat16 to be told of."""
     if ids.is_floating_point():
         raise ValueError(f"{name} must hold integers, got dtype {str(ids.dtype).removeprefix('torch.')}")
     return ids.cpu().numpy()

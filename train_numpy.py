@@ -108,7 +108,7 @@ def add(grads: Params, others: Params) -> Params:
 def check(model: GPTConfig, training: TrainConfig) -> None:
     """Raises UserError, before anything is allocated or written, if the model cannot fit into memory."""
     needed = memory_needed(model, training, scores_kept=True)
-    check_memory(needed, "or a lower --batch-size or --block-size")
+    check_memory(needed, "more --grad-accum")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -116,7 +116,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags = parse_flags(argv, Flags, "train_numpy.py", preset="small", description=__doc__.split("\n")[0])
     if flags.training.dtype == "bfloat16" and flags.run.resume is None:
         raise UserError("dtype bfloat16 is for train_torch.py: choose float32 or float64")
-    if flags.training.dtype in ("auto", "bfloat16"):  # a run of bfloat16 has weights of float32
+    if flags.training.dtype == "bfloat16":
+        print("a run of bfloat16 has weights of float32, and goes on in float32 here", file=sys.stderr)
+    if flags.training.dtype in ("auto", "bfloat16"):
         flags = dataclasses.replace(flags, training=dataclasses.replace(flags.training, dtype="float32"))
 
     warnings.simplefilter("ignore", RuntimeWarning)  # NumPy's of NaN and infinity, at which the engine stops anyway

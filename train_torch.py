@@ -117,9 +117,9 @@ class TorchEngine:
             # attention would refuse that.
             self.forward = torch.compile(self.forward, dynamic=False)
         if team.size > 1:
-            if flags.compile:
-                self.compile_together(training.batch_size // training.grad_accum // team.size)
             self.forward = DistributedDataParallel(self.forward)
+            if flags.compile:
+                self.compile_together(training.batch_size // training.grad_accum)
         # A GPU has room for more than a CPU's cache, up to a quarter of a billion logits (1 GB).
         at_once = min(65_536, 2**28 // model.vocab_size) // model.block_size
         self.eval_batch_size = None if on_cpu else max(1, at_once)
@@ -186,12 +186,13 @@ class TorchEngine:
         print(f"{what} failed, so on without it: {first_line(error)}", file=sys.stderr)
 
     def compile_together(self, B: int) -> None:
-        """Try the compiled model with B sequences, forward and backward. If it fails in one process, all give it up:
-        later, in the midst of an update, the others could not be told."""
-        ids, fault = torch.zeros((B, self.gpt.config.block_size), dtype=torch.int64, device=self.device), None
+        """Try the compiled model with this process's share of B sequences, forward and backward. If it fails in one
+        process, all give it up: later, in the midst of an update, the others could not be told."""
+        shape = len(torch.empty(B).tensor_split(self.team.size)[self.team.rank]), self.gpt.config.block_size + 1
+        ids, fault = torch.zeros(shape, dtype=torch.int64, device=self.device), None
         try:
-            with self.autocast():
-                loss = self.forward(ids, ids)
+            with self.forward.no_sync(), self.autocast():
+                loss = self.forward(ids[:, :-1], ids[:, 1:])  # strided as the windows that are to come
             torch.autograd.grad(loss, list(self.gpt.parameters()))
         except Exception as error:
             if is_full(error):
@@ -200,7 +201,7 @@ class TorchEngine:
         faults: list[str | None] = [None] * self.team.size
         dist.all_gather_object(faults, fault)
         if any(faults):
-            self.flags, self.forward = replace(self.flags, compile=False), Loss(self.gpt)
+            self.flags, self.forward = replace(self.flags, compile=False), DistributedDataParallel(Loss(self.gpt))
             if self.leader:
                 print(f"torch.compile failed, so on without it: {next(filter(None, faults))}", file=sys.stderr)
 
@@ -470,9 +471,13 @@ def flops_per_token(model: GPTConfig) -> int:
     return 6 * weights + 12 * model.n_layer * model.n_embd * model.block_size
 
 
-def processes_here() -> int:
-    """How many processes torchrun started on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+def check_gpus(team: Team) -> None:
+    """Raises UserError if two of the processes would work on one GPU."""
+    mine = platform.node(), str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
+    everyones: list[tuple[str, str] | None] = [None] * team.size
+    dist.all_gather_object(everyones, mine)
+    if (gpus := len(set(everyones))) < team.size:
+        raise UserError(f"{team.size} processes, and {gpus} GPU{'s' * (gpus > 1)}: start one for each, or --device cpu")
 
 
 @contextmanager
@@ -530,11 +535,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"each of the {team.size} processes needs a sequence of every micro-batch: batch_size "
                 f"{flags.training.batch_size} in {flags.training.grad_accum} parts has too few"
             )
-        if flags.device.device == "cuda" and processes_here() > (gpus := torch.cuda.device_count()):
-            raise UserError(
-                f"more processes on this machine ({processes_here()}) than GPUs ({gpus}): start one for each GPU, or "
-                "choose --device cpu"
-            )
+        if flags.device.device == "cuda" and team.size > 1:
+            check_gpus(team)
         if flags.run.threads is not None:
             torch.set_num_threads(flags.run.threads)
         torch.set_float32_matmul_precision("high" if flags.device.tf32 else "highest")
@@ -561,7 +563,7 @@ def check(model: GPTConfig, training: TrainConfig, flags: DeviceFlags, team: Tea
     if flags.device == "cpu":
         explicit = flags.attention == "explicit"
         needed = memory_needed(model, training, scores_kept=explicit, recompute=flags.recompute, processes=team.size)
-        check_memory(needed, "a lower --batch-size or --block-size, or --recompute", processes_here())
+        check_memory(needed, "more --grad-accum, or --recompute", int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def be_deterministic(wanted: bool) -> None:

@@ -148,14 +148,18 @@ def test_an_error_is_one_line_on_a_terminal_without_box_drawing() -> None:
     assert one_line(done.stderr) == "error: Unrecognized options: --frobnicate (see train_numpy.py --help)\n"
 
 
-def test_what_a_terminal_cannot_show_is_replaced(tmp_path: Path) -> None:
+def test_what_a_terminal_cannot_show_is_written_as_its_number(tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_text("ταῦτα πάντα ῥεῖ\n" * 200, encoding="utf-8")
     flags = arguments(SMALL | {"--data": path, "--run-dir": tmp_path / "λόγος", "--max-steps": 2})
     for argv in (["train_numpy.py", *flags], ["sample.py", tmp_path / "λόγος", "--max-new-tokens", 20]):
         done = command(*argv, env=os.environ | {"PYTHONIOENCODING": "ascii"})
         assert done.returncode == 0, done.stderr
-        assert "?????" in done.stdout
+        assert "\\u03b1" in done.stdout
+    shown = command(
+        "sample.py", tmp_path / "λόγος", "--max-new-tokens", 20, env=os.environ | {"PYTHONIOENCODING": "utf-8"}
+    )
+    assert "\\" not in shown.stdout
 
 
 @pytest.mark.parametrize("engine", ENGINES)

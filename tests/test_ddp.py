@@ -77,6 +77,17 @@ def test_two_processes_learn_what_one_does(dtype: str, tolerance: float, tmp_pat
     assert "2 processes" in together.stdout
 
 
+def test_a_team_compiles_before_it_begins(tmp_path: Path) -> None:
+    """What was tried is what trains: nothing is compiled in the midst of an update, where nobody could be told."""
+    flags = ["--max-steps", "3", "--n-layer", "1", "--batch-size", "7", "--compile", "--run-dir", str(tmp_path / "run")]
+    result = run(team(2, *flags), TORCH_LOGS="recompiles")
+    assert result.returncode == 0, result.stderr
+    if "torch.compile failed" in result.stderr:
+        pytest.skip("torch.compile needs a C++ compiler")
+    assert "float64, compiled, " in result.stdout
+    assert "ecompil" not in result.stderr
+
+
 def test_a_team_without_a_compiler_goes_on_together(tmp_path: Path) -> None:
     flags = ["--max-steps", "2", "--n-layer", "1", "--compile", "--run-dir", str(tmp_path / "run")]
     result = run(team(2, *flags), CXX="/nonexistent/compiler")
@@ -315,16 +326,18 @@ def test_the_defaults_suit_the_device(
     assert train_torch.device_defaults(argv, Team(0, processes)) == expected
 
 
-def test_more_processes_than_gpus_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    _, error = refused(lambda: run_program(lambda: train_torch.main(["--preset", "tiny", "--device", "cuda"])), capsys)
-    assert (
-        error
-        == "error: more processes on this machine (2) than GPUs (1): start one for each GPU, or choose --device cpu\n"
-    )
+@pytest.mark.parametrize(("others", "said"), [("b", None), ("a", "2 processes, and 1 GPU: start one for each")])
+def test_two_processes_on_one_gpu_are_refused(others: str, said: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what the GPUs are, and not how many a process sees: it may see its own alone."""
+
+    def gather(everyones: list, mine: object) -> None:
+        everyones[:] = [mine, (mine[0], others)]
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="a"))
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    with pytest.raises(UserError, match=said) if said else nullcontext():
+        train_torch.check_gpus(Team(0, 2))
 
 
 @pytest.mark.parametrize("native", [True, False])
@@ -475,6 +488,7 @@ def test_a_model_beyond_the_memory_is_refused_and_nothing_is_lost(
         _, error = refused(lambda flags=overwrite: start(engine, text, folder, batch_size=9999, **flags), capsys)
         assert re.search(r"this needs about [\d.]+ GB of memory, and a process here has 0.0: choose", error)
         assert ("--recompute" in error) == (engine == "torch"), "only where there is that flag"
+        assert "more --grad-accum" in error
         assert not folder.exists()
     monkeypatch.undo()
 
@@ -517,7 +531,7 @@ def test_the_memory_that_a_process_needs_and_has(monkeypatch: pytest.MonkeyPatch
 
 def test_the_memory_of_a_container(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     limit = tmp_path / "memory.max"
-    monkeypatch.setattr(memory, "Path", lambda path: limit)
+    monkeypatch.setattr(memory, "LIMITS", (tmp_path / "no such file", limit))
     physical = memory.cpu_memory()
     assert physical == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for content, expected in (("max\n", physical), ("1048576\n", 2**20), (f"{physical * 2}\n", physical)):

@@ -357,11 +357,12 @@ def test_a_folder_that_is_no_run_gets_no_lock(tmp_path: Path, capsys: pytest.Cap
         read_config(tmp_path)
 
 
-def test_a_run_of_bfloat16_goes_on_in_numpy(text: Path, tmp_path: Path) -> None:
+def test_a_run_of_bfloat16_goes_on_in_numpy(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Its weights are float32."""
     run_dir = tmp_path / "run"
     start("torch", text, run_dir, dtype="bfloat16")
     assert resume("numpy", run_dir, max_steps=14) == 0
+    assert "goes on in float32 here\n" in capsys.readouterr().err
     config = read_config(run_dir)
     assert config.training.dtype == "float32"
     assert config.changes[0]["dtype"] == ["bfloat16", "float32"]

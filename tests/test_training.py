@@ -497,7 +497,7 @@ def test_the_end_tells_the_time_of_training_alone(
     for name in ("evaluate", "estimate", "save_checkpoints"):
         monkeypatch.setattr(loop, name, passing(getattr(loop, name), repeat(100.0)))
     start(kind, write_text(tmp_path), tmp_path / "run")  # 12 updates of 6 sequences of 16 tokens
-    said = "5.5 s of training, 192 tokens/s; besides, 7.0 s for the first step"
+    said = "12 steps: 5.5 s of training, 192 tokens/s; besides, 7.0 s for the first one"
     assert said in capsys.readouterr().out.splitlines()
 
 

@@ -239,7 +239,10 @@ def conclude(run: Run, state: State, spans: Sequence[float]) -> None:
     if len(spans) > 1:
         first, others = spans[0], math.fsum(spans[1:])  # the first one compiles, records, allocates
         speed = (len(spans) - 1) * run.training.batch_size * run.model.block_size / others
-        print(f"{others:.1f} s of training, {speed:,.0f} tokens/s; besides, {first:.1f} s for the first step")
+        print(
+            f"{len(spans):,} steps: {others:.1f} s of training, {speed:,.0f} tokens/s; "
+            f"besides, {first:.1f} s for the first one"
+        )
     if state.step < run.training.max_steps:
         print(f"stopped at step {state.step} and saved; go on with:")
         print(f"    python train_{run.engine}.py --resume {shlex.quote(str(run.folder))}")

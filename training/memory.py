@@ -8,15 +8,21 @@ from data import UserError
 from numpygpt import GPTConfig, param_shapes
 from training.config import TrainConfig
 
+# Where Linux keeps the limit of a container: in its control groups of version 2, or 1.
+LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+
 __all__ = ["check_memory", "cpu_memory", "memory_needed"]
 
 
 def check_memory(needed: float, hint: str, processes: int = 1) -> None:
-    """Raises UserError if `processes` on this machine, each of which needs so many bytes, cannot all have them."""
+    """Raises UserError if `processes` on this machine, each of which needs so many bytes, cannot all have them.
+
+    hint: what would help, even where a run goes on
+    """
     if hasattr(os, "sysconf") and needed > (there := cpu_memory() / processes):  # Windows does not say
         raise UserError(
             f"this needs about {needed / 2**30:,.1f} GB of memory, and a process here has {there / 2**30:,.1f}: choose "
-            f"a smaller --preset, more --grad-accum, {hint}"
+            f"{hint}; or for a new run a smaller --preset, or a lower --batch-size or --block-size"
         )
 
 
@@ -40,8 +46,7 @@ def memory_needed(
 
 
 def cpu_memory() -> int:
-    """Bytes of memory that this machine has, or that its container may use, if that is less."""
+    """Bytes of memory that this machine has, or that its container may use, if it says so and that is less."""
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    allowed = limit.read_text().strip() if limit.exists() else "max"
-    return physical if allowed == "max" else min(physical, int(allowed))
+    limits = [path.read_text().strip() for path in LIMITS if path.exists()]
+    return min([physical, *(int(limit) for limit in limits if limit != "max")])
