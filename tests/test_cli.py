@@ -8,11 +8,13 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
 import data.corpus
+import data.tokenizers
 import sample
 from data import UserError
 from tests.runs import ENGINES, ROOT, SMALL, arguments, command, measured, one_line, run, start, write_text
@@ -372,6 +374,18 @@ def test_sampling_with_an_engine_that_is_not_installed(
     argv = [str(tmp_path / "run"), "--prompt", "A", "--engine", "torch"]
     assert run_program(lambda: sample.main(argv)) == 1
     assert one_line(capsys.readouterr().err) == "error: needs the package torch: pip install -r requirements-dev.txt\n"
+
+
+@pytest.mark.parametrize(("module", "argv"), [(data.corpus, ["verse"]), (data.tokenizers, ["train"])])
+def test_an_interrupted_command_says_nothing(
+    module: ModuleType, argv: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def interrupted(name: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "load_corpus", interrupted)
+    assert module.main(argv) == 130
+    assert capsys.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("program", ["train_torch.py", "bench/gpu.py"])

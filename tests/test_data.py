@@ -428,15 +428,6 @@ def test_a_flag_that_makes_no_sense_is_one_line_too(capsys):
     assert printed.out == ""
 
 
-def test_an_interrupted_command_says_nothing(monkeypatch, capsys):
-    def interrupted(name):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(corpus, "load_corpus", interrupted)
-    assert corpus.main(["verse"]) == 130
-    assert capsys.readouterr() == ("", "")
-
-
 def test_the_command_runs():
     run = run_command("verse")
     assert (run.returncode, run.stderr) == (0, "")

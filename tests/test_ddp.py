@@ -61,7 +61,7 @@ def losses(folder: Path) -> list[float]:
     return [m["loss"] for m in read_metrics(folder / "metrics.jsonl") if m["protocol"] == "batch"]
 
 
-# Measured for float32 over these steps: 1.3e-7.
+# Measured for float32 over these steps: 2.0e-7.
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-12), ("float32", 2e-6)])
 def test_two_processes_learn_what_one_does(dtype: str, tolerance: float, tmp_path: Path) -> None:
     """One batch cut among processes, unevenly and in micro-batches, is still one batch: same losses at every step."""

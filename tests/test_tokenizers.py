@@ -774,15 +774,6 @@ def test_flags_that_make_no_sense_are_one_line_too(capsys, arguments):
     assert len(printed.err.splitlines()) == 1
 
 
-def test_an_interrupted_command_says_nothing(monkeypatch, capsys):
-    def interrupted(name):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(tokenizers, "load_corpus", interrupted)
-    assert tokenizers.main(["train"]) == 130
-    assert capsys.readouterr() == ("", "")
-
-
 def test_the_command_overwrites_nothing(tmp_path, capsys):
     """Not even the text that it learns from, which is easily named by mistake."""
     text, link = tmp_path / "text", tmp_path / "link"

@@ -49,6 +49,8 @@ CHECKPOINTS = ("last", "best")
 FIXED = ("seed", "batch_size", "tokenizer", "bpe_vocab_size")  # what a resumed run cannot change, besides the model
 NO_CORPUS = ""  # the corpus_sha256 of a run whose weights were imported, and that has learned from nothing yet
 
+Check = Callable[[GPTConfig, TrainConfig], None]  # raises what there is to say against a run
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -88,7 +90,7 @@ class Run:
 
 
 @contextmanager
-def open_run(flags: Flags, engine: str, check: Callable[[GPTConfig, TrainConfig], None]) -> Iterator[Run]:
+def open_run(flags: Flags, engine: str, check: Check) -> Iterator[Run]:
     """Begin the run that the flags describe, or go on with the one they name; nobody else can while it is open.
 
     check: called before anything in the folder changes; what it raises is passed on
@@ -109,7 +111,7 @@ def open_run(flags: Flags, engine: str, check: Callable[[GPTConfig, TrainConfig]
             yield begin_run(folder, flags, engine, check)
 
 
-def begin_run(folder: Path, flags: Flags, engine: str, check: Callable[[GPTConfig, TrainConfig], None]) -> Run:
+def begin_run(folder: Path, flags: Flags, engine: str, check: Check) -> Run:
     """Make sure that everything fits, and only then write it down. config.json comes last: with it the run exists."""
     from data.corpus import load_corpus  # here: it takes longer to load than --help may take
 
@@ -132,9 +134,7 @@ def begin_run(folder: Path, flags: Flags, engine: str, check: Callable[[GPTConfi
     return run
 
 
-def resume_run(
-    folder: Path, config: RunConfig, flags: Flags, engine: str, check: Callable[[GPTConfig, TrainConfig], None]
-) -> Run:
+def resume_run(folder: Path, config: RunConfig, flags: Flags, engine: str, check: Check) -> Run:
     """Check what the flags change, load the newest checkpoint, and forget what was measured after it.
 
     A run with imported weights begins here: it takes whatever corpus, seed and batch size the flags say.
