@@ -326,6 +326,16 @@ def test_the_defaults_suit_the_device(
     assert train_torch.device_defaults(argv, Team(0, processes)) == expected
 
 
+def test_operations_are_deterministic_for_as_long_as_that_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    for asked in (["--deterministic"], []):
+        assert train_torch.main([*TINY, "--max-steps", "1", *asked, "--run-dir", str(tmp_path / f"{asked}")]) == 0
+        assert torch.are_deterministic_algorithms_enabled() == bool(asked)
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+
+
 @pytest.mark.parametrize(("others", "said"), [("b", None), ("a", "2 processes, and 1 GPU: start one for each")])
 def test_two_processes_on_one_gpu_are_refused(others: str, said: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """By what the GPUs are, and not how many a process sees: it may see its own alone."""
