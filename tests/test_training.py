@@ -501,14 +501,15 @@ def test_the_end_tells_the_time_of_training_alone(
     assert said in capsys.readouterr().out.splitlines()
 
 
-@pytest.mark.parametrize("at", [70_000, 190_000])
+@pytest.mark.parametrize("at", [70_000, 200_000])
 def test_a_text_that_the_tokenizer_does_not_know_is_named_with_the_place(
     at: int, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    """In either split, counted from the beginning of the text."""
+    """In a later piece of either split, counted from the beginning of the text."""
     text, tokenizer = tmp_path / "text.txt", tmp_path / "tokenizer.json"
-    save(CharTokenizer.from_text("ab"), tokenizer)
-    text.write_text("ab" * (at // 2) + "z" + "ab" * ((200_000 - at) // 2))
+    save(CharTokenizer.from_text("ab "), tokenizer)
+    words = "ab " * 70_000  # more than one piece, each of which ends at a blank
+    text.write_text(words[:at] + "z" + words[at:])
     _, error = refused(lambda: start("numpy", text, tmp_path / "run", tokenizer=tokenizer), capsys)
     found = re.search(r"from its character ([\d,]+) on, character 'z' \(U\+007A\) at position (\d+) is not", error)
     assert int(found[1].replace(",", "")) + int(found[2]) == at
