@@ -17,7 +17,7 @@ from typing import Annotated
 
 import numpy as np
 
-from data import UserError
+from common.errors import UserError
 from data.corpus import load_corpus
 from data.tokenizers import CharTokenizer
 
@@ -147,7 +147,7 @@ def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     import tyro  # here: whoever imports bigram_loss needs no command line
 
-    from training.command import parse, run_program
+    from common.cli import parse, run_program
 
     def arguments(
         data: Annotated[str | None, tyro.conf.arg(metavar="NAME|FILE")] = None,

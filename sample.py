@@ -22,11 +22,11 @@ from typing import Annotated, Literal
 
 import numpy as np
 
-from data import UserError
+from common.cli import parse, run_program
+from common.errors import UserError
 from data.tokenizers import Tokenizer
 from numpygpt import GPT, GPTConfig, Params, check_sampling
 from training.batches import step_rng
-from training.command import parse, run_program
 from training.run import load_run
 
 Engine = Literal["numpy", "torch"]

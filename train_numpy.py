@@ -23,11 +23,12 @@ for blas in ("OPENBLAS", "MKL", "VECLIB"):  # the model cuts its batches into th
 
 import numpy as np
 
-from data import UserError
+from common.cli import run_program
+from common.errors import UserError
 from numpygpt import GPT, AdamW, GPTConfig, Params, clip_grad_norm
 from training.batches import Batch, read_windows, step_rng
-from training.command import parse_flags, run_program
 from training.config import Flags, TrainConfig
+from training.flags import parse_flags
 from training.loop import train
 from training.memory import check_memory, memory_needed
 from training.run import open_run

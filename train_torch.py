@@ -34,12 +34,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
-from data import UserError
+from common.cli import run_program
+from common.errors import UserError
 from numpygpt import GPTConfig, Params, check_batch, check_ids, param_shapes
 from torchgpt import GPT, without_dropout
 from training.batches import Batch, read_windows, step_rng
-from training.command import parse_flags, run_program
 from training.config import Flags, TrainConfig
+from training.flags import parse_flags
 from training.loop import train
 from training.memory import check_memory, memory_needed
 from training.run import Run, open_run

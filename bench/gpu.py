@@ -1,9 +1,9 @@
 """How fast does train_torch.py train on a GPU, how soon does it reach nanoGPT's loss, and how far below it does it get?
 
-    python bench/gpu.py                          the tables of docs/benchmarks.md, on one CUDA GPU
-    python bench/gpu.py --presets full           one preset only
-    python bench/gpu.py --seeds 0                without the whole training runs
-    python bench/gpu.py --device cpu --presets tiny --seeds 0    the same program where there is no GPU: a smoke test
+    python -m bench.gpu                          the tables of docs/benchmarks.md, on one CUDA GPU
+    python -m bench.gpu --presets full           one preset only
+    python -m bench.gpu --seeds 0                without the whole training runs
+    python -m bench.gpu --device cpu --presets tiny --seeds 0    the same program where there is no GPU: a smoke test
 
 A step is one update of the preset's batch. "plain loop, compiled" is what most people write: batches gathered on the
 host and copied from pinned memory, autocast, torch.compile of the model, fused AdamW, the loss read back every ten
@@ -22,7 +22,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -31,16 +30,14 @@ if __name__ == "__main__" and importlib.util.find_spec("torch") is None:
     sys.exit("error: needs the package torch: pip install -r requirements-dev.txt")
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from data import UserError
+from common.cli import parse, run_program
+from common.errors import UserError
 from data.corpus import Corpus, load_corpus
 from data.tokenizers import CharTokenizer
 from numpygpt import GPTConfig
 from torchgpt import GPT
 from train_torch import DeviceFlags, TorchEngine, first_line, flops_per_token
 from training.batches import Batches
-from training.command import parse, run_program
 from training.config import PRESETS, TrainConfig, learning_rate
 from training.evaluate import evaluate
 
@@ -298,7 +295,7 @@ def train_once(seed: int, options: Options, corpus: Corpus, look_every: int = 50
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    options = parse(Options, "bench/gpu.py", argv)
+    options = parse(Options, "python -m bench.gpu", argv)
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("no CUDA GPU here, so nothing to measure; --device cpu shows that the program runs")
     corpus = load_corpus("shakespeare_char")

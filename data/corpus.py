@@ -20,11 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+import tyro
 from tqdm import tqdm
 
-from data import UserError, read_bytes, verse, write_atomically
-
-__all__ = ["SHAKESPEARE_FILE", "SHAKESPEARE_SHA256", "SHAKESPEARE_URL", "Corpus", "load_corpus", "read_file"]
+from common.cli import parse, run_program
+from common.errors import UserError
+from common.files import read_bytes, write_atomically
+from data import verse
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -188,10 +190,6 @@ def describe(corpus: Corpus) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    import tyro  # here, so that programs which only want a corpus need not load it
-
-    # Here alone may this floor look up at training/: a command line is a program, and knows how programs fail.
-    from training.command import parse, run_program
 
     def arguments(
         corpus: Annotated[str, tyro.conf.Positional] = "shakespeare_char",

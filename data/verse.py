@@ -33,7 +33,7 @@ from itertools import accumulate
 
 import numpy as np
 
-from data import UserError
+from common.errors import UserError
 
 __all__ = ["NUM_CHARS", "SEED", "START", "Alternative", "Symbol", "entropy_per_char", "grammar", "log_prob", "write"]
 

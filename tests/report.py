@@ -16,7 +16,7 @@ from textwrap import fill
 import numpy as np
 from hypothesis import settings
 
-from training.command import parse, run_program
+from common.cli import parse, run_program
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 

@@ -10,8 +10,8 @@ import pytest
 
 import train_numpy
 import train_torch
+from common.cli import run_program
 from data import verse
-from training.command import run_program
 from training.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -17,8 +17,9 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from data import UserError, write_atomically
-from training.command import parse, run_program
+from common.cli import parse, run_program
+from common.errors import UserError
+from common.files import write_atomically
 from training.metrics import read_metrics
 
 

@@ -27,11 +27,13 @@ from pathlib import Path
 
 import numpy as np
 
-from data import UserError, read_bytes
-from data.tokenizers import END_OF_TEXT, Tokenizer, shorten
+from common.errors import UserError, shorten
+from common.files import read_bytes, read_json, write_new
+from data.gpt2_bpe import END_OF_TEXT
+from data.tokenizers import Tokenizer
 from numpygpt import GPTConfig, Params, param_shapes
 from tools.hf_tokenizer import TOKENIZER, to_hf
-from training.checkpoint import read_header, read_json, write_file
+from training.checkpoint import read_header
 from training.config import ModelFlags
 
 __all__ = ["Imported", "read_hf", "read_nanogpt", "write_hf"]
@@ -224,7 +226,7 @@ def find_weights(source: Path) -> Iterator[tuple[str, Stored]]:
         for path in sorted(source.iterdir()):
             refuse_pickle(path)
         raise UserError(f"{source} has no weights: expected {WEIGHTS}, or shards with {INDEX}")
-    places = read_json(index).get("weight_map")
+    places = read_json(index, "the index of the shards").get("weight_map")
     if type(places) is not dict or not all(type(file) is str and Path(file).name == file for file in places.values()):
         raise UserError(f"{index}: weight_map must say which file of this folder each tensor is in")
     shards = {file: map_weights(source / file) for file in sorted(set(places.values()))}
@@ -236,7 +238,7 @@ def find_weights(source: Path) -> Iterator[tuple[str, Stored]]:
 
 def read_hf_config(path: Path) -> tuple[GPTConfig, list[str]]:
     """The sizes in a config.json, and what to say about it. Raises UserError if it is not of our architecture."""
-    fields = read_json(path)
+    fields = read_json(path, "the configuration of a GPT-2 model")
     if fields.get("model_type") != "gpt2":
         raise UserError(f"{path}: model_type must be 'gpt2', got {shorten(fields.get('model_type'))}")
     for name, allowed in ARCHITECTURE.items():
@@ -374,7 +376,7 @@ def write_hf(folder: Path, config: GPTConfig, params: Params, tokenizer: Tokeniz
         TOKENIZER_CONFIG: tokens,
     }
     for file, content in files.items():
-        write_file(folder / file, json.dumps(content, indent=2, ensure_ascii=False).encode())
+        write_new(folder / file, json.dumps(content, indent=2, ensure_ascii=False).encode())
 
     tensors = {}
     for name, shape in param_shapes(GPTConfig(**asdict(config) | {"bias": True})).items():

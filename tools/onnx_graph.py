@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data import UserError
+from common.errors import UserError
+from common.files import write_new
 from numpygpt import GPT, GPTConfig, Params
-from training.checkpoint import write_file
 
 try:
     import onnx
@@ -124,7 +124,7 @@ def write_onnx(file: Path, config: GPTConfig, params: Params) -> None:
         graph.initializer.extend(numpy_helper.from_array(param, name) for name, param in params.items())
     opset = helper.make_opsetid("", OPSET)
     model = helper.make_model(graph, opset_imports=[opset], ir_version=IR_VERSION, producer_name="reference-gpt")
-    write_file(file, model.SerializeToString())
+    write_new(file, model.SerializeToString())
     onnx.checker.check_model(str(file), full_check=True)
 
 

@@ -12,8 +12,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from data import UserError
-from data.tokenizers import shorten
+from common.errors import UserError, shorten
 from numpygpt import GPTConfig
 
 __all__ = ["PRESETS", "Flags", "ModelFlags", "RunFlags", "TrainConfig", "learning_rate"]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol, SupportsFloat
 
 import numpy as np
 
-from data import UserError
+from common.errors import UserError
 from numpygpt import Params
 from training.batches import Batch, split
 from training.checkpoint import Checkpoint, State, locate, save_checkpoints

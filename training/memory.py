@@ -4,7 +4,7 @@ import math
 import os
 from pathlib import Path
 
-from data import UserError
+from common.errors import UserError
 from numpygpt import GPTConfig, param_shapes
 from training.config import TrainConfig
 

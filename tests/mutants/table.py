@@ -479,7 +479,7 @@ TABLE = {
             ("the average moves although the step was given up", "rate = rate * (self.broken < 0)", "pass"),
         ],
     },
-    "training/command.py": {
+    "common/cli.py": {
         "test_cli.py::test_a_module_that_nobody_can_install_is_a_bug[training]": [
             ("a bug of the project's own asks for an installation", "if not can_be_installed(error.name)", "if False"),
         ],
@@ -490,8 +490,8 @@ TABLE = {
             ("flags that make no sense end well", "status = stop.code or 0", "status = 0"),
         ],
     },
-    "bench/tokenizers.py": {
-        "test_bench_tokenizers.py::test_what_follows_from_a_result": [
+    "bench/subwords.py": {
+        "test_bench_subwords.py::test_what_follows_from_a_result": [
             (
                 "the bigram's loss is left in nats per token",
                 'self.run.yardsticks["bigram"] * self.bits / self.nats_per_token',
@@ -499,16 +499,16 @@ TABLE = {
             ),
             ("a step learns from as many characters as tokens", " / self.tokens_per_char", ""),
         ],
-        "test_bench_tokenizers.py::test_speeds_are_relative_to_the_first": [
+        "test_bench_subwords.py::test_speeds_are_relative_to_the_first": [
             ("how many times as slow", "statistics.median(chars / own)", "statistics.median(own / chars)"),
             ("how many times as slow, with quartiles", "ratio(chars, own)", "ratio(own, chars)"),
             ("the time of a character, not characters a second", "Speed(1 / statistics", "Speed(1 * statistics"),
         ],
-        "test_bench_tokenizers.py::test_characters_per_second_are_those_of_all_steps_and_of_the_whole_sample": [
+        "test_bench_subwords.py::test_characters_per_second_are_those_of_all_steps_and_of_the_whole_sample": [
             ("one step's characters for the time of five", "(STEPS * r.chars_per_step)", "r.chars_per_step"),
             ("the length of the sample is left out", "times[r.name] / len(text)", "times[r.name] / SAMPLE_CHARS"),
         ],
-        "test_bench_tokenizers.py::test_the_findings_are_those_of_the_numbers": [
+        "test_bench_subwords.py::test_the_findings_are_those_of_the_numbers": [
             ("best and worst exchanged", "best, worst = min", "worst, best = min"),
             (
                 "as much text the other way round",
@@ -517,11 +517,23 @@ TABLE = {
             ),
             ("times the speed, called times the time", "{1 / training[-1].factor", "{training[-1].factor"),
         ],
-        "test_bench_tokenizers.py::test_the_plot_is_over_characters_and_over_seconds": [
+        "test_bench_subwords.py::test_the_plot_is_over_characters_and_over_seconds": [
             ("seconds from the wrong end", "n / speed.chars_per_s for", "n * speed.chars_per_s for"),
         ],
     },
     "tools/export.py": {
+        "test_export.py::test_the_report_is_the_notes_and_the_sizes": [
+            ("what was changed in an import is not said", "    for note in notes:\n        print(note)\n", ""),
+        ],
+        "test_export.py::test_the_recipe_of_an_imported_model_keeps_its_dtype": [
+            (
+                "float64 weights go on in float32",
+                '"float64" if params["wte.weight"].dtype == np.float64 else "auto"',
+                '"auto"',
+            ),
+        ],
+    },
+    "tools/sizes.py": {
         "test_export.py::test_every_number_of_info[auto]": [
             ("training takes 3 times the weights", "millions(4 * N * dtype", "millions(3 * N * dtype"),
             ("keys are cached, values are not", "kept = 2 * config.n_layer", "kept = config.n_layer"),
@@ -534,16 +546,6 @@ TABLE = {
         "test_export.py::test_the_operations_are_those_that_pytorch_counts": [
             ("every token attends to the whole window", "(config.block_size + 1) / 2", "config.block_size"),
             ("a lookup counts as a product", 'and "wpe" not in name', ""),
-        ],
-        "test_export.py::test_the_report_is_the_notes_and_the_sizes": [
-            ("what was changed in an import is not said", "    for note in notes:\n        print(note)\n", ""),
-        ],
-        "test_export.py::test_the_recipe_of_an_imported_model_keeps_its_dtype": [
-            (
-                "float64 weights go on in float32",
-                '"float64" if params["wte.weight"].dtype == np.float64 else "auto"',
-                '"auto"',
-            ),
         ],
     },
     "tools/hf.py": {

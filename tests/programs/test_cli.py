@@ -16,9 +16,9 @@ import torch
 import data.corpus
 import data.tokenizers
 import sample
-from data import UserError
+from common.cli import run_program
+from common.errors import UserError
 from tests.runs import ENGINES, ROOT, SMALL, arguments, command, measured, one_line, run, start, write_text
-from training.command import run_program
 from training.config import PRESETS
 from training.run import read_config
 
@@ -292,7 +292,7 @@ WRITERS = [
     ["bigram.py", "--data", "verse", "--steps", "1"],
     ["-m", "data.corpus", "verse"],
     ["train_numpy.py", "--help"],
-    ["-c", "from training.command import run_program as r\ndef main():\n print('a' * 99999)\n return 0\nexit(r(main))"],
+    ["-c", "from common.cli import run_program as r\ndef main():\n print('a' * 99999)\n return 0\nexit(r(main))"],
 ]
 
 
@@ -324,7 +324,7 @@ def test_a_disk_that_is_full_is_one_line(argv: list[str]) -> None:
 
 def test_an_error_is_told_even_if_nobody_reads_what_came_before_it() -> None:
     code = (
-        "from data import UserError\nfrom training.command import run_program\n"
+        "from common.errors import UserError\nfrom common.cli import run_program\n"
         "def main():\n print('this will stay in the buffer')\n raise UserError('why')\n"
         "exit(run_program(main))"
     )

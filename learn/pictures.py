@@ -1,7 +1,7 @@
 """Pictures of a trained run, from its folder: what the model has learned, seen from inside.
 
-    python -m tools.pictures runs/numpy-small
-    python -m tools.pictures runs/numpy-small --out docs/pictures --prompt "ROMEO: O, speak again, bright angel!"
+    python -m learn.pictures runs/numpy-small
+    python -m learn.pictures runs/numpy-small --out docs/pictures --prompt "ROMEO: O, speak again, bright angel!"
 
     attention.png         the attention weights of every head on the prompt
     mask.png              what the causal mask does to the scores of one head, and what is never computed
@@ -28,14 +28,15 @@ import numpy as np
 import tyro
 
 import numpygpt
-from data import UserError, write_atomically
+from common.cli import parse, run_program
+from common.errors import UserError
+from common.files import write_atomically
 from data.corpus import Corpus, load_corpus
 from data.tokenizers import Tokenizer
+from learn.trace import Trace, trace_numpy
 from numpygpt import GPT, AdamW, GPTConfig, Params, clip_grad_norm
 from sample import load_for_sampling
-from tools.trace import Trace, trace_numpy
 from training.batches import Batches, step_rng
-from training.command import parse, run_program
 from training.config import TrainConfig, learning_rate
 from training.metrics import read_metrics
 from training.run import METRICS, NO_CORPUS, RunConfig, read_config
@@ -456,7 +457,7 @@ PICTURES: dict[str, Callable[[Subject], "Figure"]] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    options = parse(Options, "python -m tools.pictures", argv)
+    options = parse(Options, "python -m learn.pictures", argv)
     out = options.run / "pictures" if options.out is None else options.out
     subject = load_subject(options.run, options.prompt)
     for name, draw in PICTURES.items():

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import UserError, verse
+from common.errors import UserError
+from data import verse
 
 TEXT = verse.write(60_000, seed=5)
 ALPHABET = sorted(set(verse.write()))

@@ -1,4 +1,4 @@
-"""tools.trace: it sees every tensor, changes nothing and finds a bug; and the page shows what the command prints."""
+"""learn.trace: it sees every tensor, changes nothing and finds a bug; and the page shows what the command prints."""
 
 import re
 
@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 import numpygpt
-from data import UserError
+from common.errors import UserError
+from learn import trace
 from numpygpt import GPTConfig
 from tests.helpers import ROOT, random_weights
-from tools import trace
 
 PAGE = (ROOT / "docs" / "trace.md").read_text(encoding="utf-8")
 ROUNDING = 1e-12  # in float64, of tensors whose entries are at most some tens
@@ -34,7 +34,7 @@ def read_line(line: str) -> tuple[str, list[float], float] | None:
 
 
 def test_docs_trace_shows_what_the_command_prints(capsys: pytest.CaptureFixture) -> None:
-    assert 'python -m tools.trace "To be, or"' in PAGE
+    assert 'python -m learn.trace "To be, or"' in PAGE
     assert trace.main(["To be, or"]) == 0
     printed = capsys.readouterr().out.splitlines()
     rest, compared = iter(printed), 0

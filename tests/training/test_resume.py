@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 
 import sample
 import training.loop
-from data import UserError
+from common.errors import UserError
 from tests.runs import ENGINES, ROOT, SMALL, arguments, measured, refused, resume, start, write_text
 from training.checkpoint import load_weights
 from training.config import learning_rate

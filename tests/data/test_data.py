@@ -19,7 +19,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import data
-from data import UserError, corpus, read_bytes, verse, write_atomically
+from common.errors import UserError
+from common.files import read_bytes, write_atomically
+from data import corpus, verse
 from data.corpus import Corpus, load_corpus
 
 CONTENT = b"Hear me, and I shall tell thee what I know.\n" * 40

@@ -19,7 +19,8 @@ import pytest
 import torch
 
 import train_torch
-from data import UserError
+from common.cli import run_program
+from common.errors import UserError
 from numpygpt import GPTConfig
 from tests.runs import ENGINES, arguments, refused, resume, start, write_text
 from train_torch import (
@@ -34,11 +35,10 @@ from train_torch import (
 )
 from training import memory
 from training.batches import split
-from training.command import run_program
 from training.config import PRESETS, RunFlags
 from training.metrics import read_metrics
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 MODEL = GPTConfig(vocab_size=11, block_size=8, n_layer=2, n_head=2, n_embd=16, dropout=0.3)
 TRAINING = dataclasses.replace(PRESETS["tiny"].training, dtype="float64", seed=3)
 CPU = DeviceFlags("cpu", compile=False, graph=False, pad_vocab=False)

@@ -1,8 +1,8 @@
 """Characters or subwords? Trains the same model with several tokenizers, and writes docs/tokenizers.md with its plot.
 
-    python bench/tokenizers.py                       characters, and byte-pair encodings of 512, 1,024 and 4,096 tokens
-    python bench/tokenizers.py --engine torch        the same with PyTorch, on the CPU too
-    python bench/tokenizers.py --preset tiny --max-chars 20000 --vocab-sizes 512 --run-dir /tmp/look --out /tmp/look
+    python -m bench.subwords                       characters, and byte-pair encodings of 512, 1,024 and 4,096 tokens
+    python -m bench.subwords --engine torch        the same with PyTorch, on the CPU too
+    python -m bench.subwords --preset tiny --max-chars 20000 --vocab-sizes 512 --run-dir /tmp/look --out /tmp/look
 
 The last one is a look, in a minute; its runs have a folder of their own, for those of the comparison are others.
 
@@ -32,17 +32,16 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from bench.cpu import alternate, blas_threads, ratio
-from data import UserError, write_atomically
+from bench.timing import alternate, blas_threads, ratio
+from common.cli import parse, run_program
+from common.errors import UserError
+from common.files import write_atomically
 from data.corpus import Corpus, load_corpus
 from data.tokenizers import get_tokenizer, train_command
 from numpygpt import GPTConfig, param_shapes
 from sample import first_ids, load_for_sampling, token_stream
 from train_numpy import NumpyEngine, check
 from training.batches import Batches, step_rng
-from training.command import parse, run_program
 from training.config import PRESETS, Flags, RunFlags, TrainConfig, learning_rate
 from training.loop import Engine, train
 from training.metrics import read_metrics
@@ -428,7 +427,7 @@ def draw(results: Sequence[Result], training: Sequence[Speed], title: str) -> "F
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    options = parse(Options, "bench/tokenizers.py", argv)
+    options = parse(Options, "python -m bench.subwords", argv)
     corpus = load_corpus(options.data)
     results = []
     with blas_threads(1):  # the engines bring their own threads
@@ -442,7 +441,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         training = measure_training(options.engine, results, options.rounds)
         generation, samples = measure_generation(options.engine, results, options.rounds)
         bpe_speed = measure_bpe(options.data, options.vocab_sizes[len(options.vocab_sizes) // 2])
-    command = shlex.join(["python", "bench/tokenizers.py", *argv])
+    command = shlex.join(["python", "-m", "bench.subwords", *argv])
     page = write_page(options, corpus, results, training, generation, samples, bpe_speed, command)
     title = f"The same model, the same text, other tokens ({ENGINES[options.engine]}, {corpus.name})"
     png = io.BytesIO()

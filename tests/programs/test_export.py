@@ -24,15 +24,17 @@ from torch.utils.flop_counter import FlopCounterMode
 import numpygpt
 import sample
 import torchgpt
+from common.cli import run_program
 from data import verse
-from data.tokenizers import END_OF_TEXT, BPETokenizer, CharTokenizer, Tokenizer, save
+from data.bpe import BPETokenizer
+from data.gpt2_bpe import END_OF_TEXT
+from data.tokenizers import CharTokenizer, Tokenizer, save
 from numpygpt import GPTConfig
 from tests import runs
 from tests.helpers import ROOT, Arrays, random_weights, train_config
-from tools import export
+from tools import export, sizes
 from tools.hf import PICKLES
 from training.checkpoint import load_weights, locate
-from training.command import run_program
 from training.run import NO_CORPUS, RunConfig, load_run, read_config, write_config
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may look for anything anywhere else
@@ -106,7 +108,7 @@ PEAK = """
 import sys
 from pathlib import Path
 
-from tools import export, hf, hf_tokenizer
+from tools import export, hf, hf_tokenizer, sizes
 
 def peak():
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -575,7 +577,7 @@ def test_a_run_without_a_checkpoint_cannot_be_exported(
 def test_the_counts_are_those_of_the_model() -> None:
     for bias in (True, False):
         config = dataclasses.replace(CONFIG, bias=bias)
-        counts = export.count_kinds(config)
+        counts = sizes.count_kinds(config)
         assert sum(exact for exact, _, _ in counts.values()) == numpygpt.GPT(config).num_params()
 
 
@@ -592,7 +594,7 @@ def test_the_operations_are_those_that_pytorch_counts() -> None:
             loss.backward()
         future = config.n_layer * 4 * config.n_embd * (T - (T + 1) / 2)
         windows = dataclasses.replace(config, block_size=T)
-        assert forward.get_total_flops() == T * (export.flops_per_token(windows) + future)
+        assert forward.get_total_flops() == T * (sizes.flops_per_token(windows) + future)
         assert backward.get_total_flops() == 2 * forward.get_total_flops()
 
 
@@ -629,5 +631,5 @@ def test_every_number_of_info(dtype: str) -> None:
     settings = RunConfig("numpy", "full", NO_CORPUS, GPTConfig(65, 256), train_config(dtype=dtype), [])
     with TemporaryDirectory() as folder, redirect_stdout(StringIO()) as output:
         write_config(Path(folder), settings)
-        export.info(Path(folder))
+        sizes.info(Path(folder))
     assert output.getvalue() == folder + INFO.format(**MEMORY[dtype])

@@ -36,8 +36,8 @@ OTHERS_TOOLS = {
     "hf download": "needs a network",
 }
 NOT_RUN = OTHERS_TOOLS | {
-    "python bench/cpu.py": "measures for minutes",
-    "python bench/gpu.py": "needs a GPU",
+    "python -m bench.cpu": "measures for minutes",
+    "python -m bench.gpu": "needs a GPU",
     "python -m tests.report": "measures for minutes, and writes docs/parity.md",
     "python -m data.corpus": "writes into data/, or needs a network; test_data.py does both elsewhere",
 }

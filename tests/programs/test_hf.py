@@ -17,8 +17,11 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 import numpygpt
-from data import UserError, verse
-from data.tokenizers import END_OF_TEXT, BPETokenizer, CharTokenizer, Tokenizer
+from common.errors import UserError
+from data import verse
+from data.bpe import BPETokenizer
+from data.gpt2_bpe import END_OF_TEXT
+from data.tokenizers import CharTokenizer, Tokenizer
 from numpygpt import GPTConfig
 from tests.helpers import Arrays, assert_close, random_weights, rms, uncancelled_scales
 from tests.strategies import SEEDS, Example, examples

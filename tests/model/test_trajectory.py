@@ -21,8 +21,8 @@ from tests.helpers import (
     to_torch,
     train_config,
 )
+from tests.model.test_dropout import played_back, recorded_masks
 from tests.strategies import SEEDS
-from tests.test_dropout import played_back, recorded_masks
 from training.batches import Batches, split, step_rng
 from training.config import TrainConfig, learning_rate
 

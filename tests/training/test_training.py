@@ -15,7 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data import UserError
+from common.errors import UserError
 from data.tokenizers import CharTokenizer, save
 from numpygpt import GPTConfig
 from tests.runs import ENGINES, measured, refused, start, write_text

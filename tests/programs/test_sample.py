@@ -12,12 +12,12 @@ import torch
 
 import sample
 import torchgpt
-from data import UserError
+from common.cli import run_program
+from common.errors import UserError
 from data.tokenizers import CharTokenizer
 from tests import runs
 from tests.runs import ROOT, command, start, write_text
 from tools import export
-from training.command import run_program
 from training.run import load_run, read_config
 
 

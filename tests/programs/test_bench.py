@@ -1,4 +1,4 @@
-"""bench/cpu.py, gpt2.py and gpu.py, on models so small that they take no time: they run, and refuse what they must."""
+"""-m bench.cpu, gpt2.py and gpu.py, on models so small that they take no time: they run, and refuse what they must."""
 
 import re
 import statistics
@@ -14,13 +14,13 @@ import pytest
 import torch
 
 import train_torch
-from bench import cpu, gpt2, gpu
-from data import UserError
+from bench import cpu, gpt2, gpu, timing
+from common.cli import run_program
+from common.errors import UserError
 from data.corpus import load_corpus
 from numpygpt import GPTConfig
 from tests.helpers import ROOT
 from tests.runs import arguments, measured, refused, write_text
-from training.command import run_program
 from training.config import PRESETS, ModelFlags, Preset
 
 TINY = GPTConfig(65, 8, n_layer=1, n_head=2, n_embd=8, dropout=0.0)
@@ -71,13 +71,15 @@ def test_gpt2_beside_the_others(capsys: pytest.CaptureFixture) -> None:
 
 
 def test_memory_is_in_millions_of_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu.Path, "exists", lambda path: True)
-    monkeypatch.setattr(cpu.Path, "read_text", lambda path: "VmPeak:\t9999999 kB\nVmHWM:\t 1000000 kB\nVmRSS:\t 9 kB\n")
-    assert cpu.high_water() == 1024, "Linux counts in kB of 1024 bytes"
+    monkeypatch.setattr(timing.Path, "exists", lambda path: True)
+    monkeypatch.setattr(
+        timing.Path, "read_text", lambda path: "VmPeak:\t9999999 kB\nVmHWM:\t 1000000 kB\nVmRSS:\t 9 kB\n"
+    )
+    assert timing.high_water() == 1024, "Linux counts in kB of 1024 bytes"
     usage = SimpleNamespace(RUSAGE_SELF=0, getrusage=lambda who: SimpleNamespace(ru_maxrss=2_500_000))
-    monkeypatch.setattr(cpu.Path, "exists", lambda path: False)
+    monkeypatch.setattr(timing.Path, "exists", lambda path: False)
     monkeypatch.setitem(sys.modules, "resource", usage)
-    assert cpu.high_water() == 2.5, "macOS in bytes"
+    assert timing.high_water() == 2.5, "macOS in bytes"
 
 
 @pytest.mark.parametrize(
@@ -118,7 +120,7 @@ def test_a_missing_package_is_one_line_before_anything_is_measured(
     assert capsys.readouterr().err == message
 
 
-@pytest.mark.parametrize("module", ["bench.cpu", "bench.tokenizers", "tools.trace"])
+@pytest.mark.parametrize("module", ["bench.cpu", "bench.subwords", "learn.trace"])
 def test_a_program_loads_without_what_only_its_work_needs(module: str) -> None:
     """So that run_program can say what is missing; and Windows has no resource."""
     code = f"import sys; sys.modules.update(dict.fromkeys(['torch', 'threadpoolctl', 'resource'])); import {module}"
@@ -128,7 +130,7 @@ def test_a_program_loads_without_what_only_its_work_needs(module: str) -> None:
 def test_where_memory_cannot_be_measured_nothing_is(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(cpu.Path, "exists", lambda path: False)
+    monkeypatch.setattr(timing.Path, "exists", lambda path: False)
     monkeypatch.setitem(sys.modules, "resource", None)
     assert run_program(lambda: cpu.main(["--preset", "gpt2", *FEW])) == 1
     printed = capsys.readouterr()

@@ -1,8 +1,8 @@
 """One short text, followed through both engines: every tensor, forward and then backward, side by side.
 
-    python -m tools.trace "To be, or"
-    python -m tools.trace "To be, or" | grep -F h.0.attn
-    python -m tools.trace "ROMEO: O, she" --run runs/numpy-small
+    python -m learn.trace "To be, or"
+    python -m learn.trace "To be, or" | grep -F h.0.attn
+    python -m learn.trace "ROMEO: O, she" --run runs/numpy-small
 
 The table that one wishes for when porting a model: each line is one tensor, with its name in numpygpt.py, its shape,
 its first values as either engine computes them, and the largest difference over all of its entries. The first line
@@ -29,10 +29,10 @@ import numpy as np
 import tyro
 
 import numpygpt
-from data import UserError
+from common.cli import parse, run_program
+from common.errors import UserError
 from data.tokenizers import CharTokenizer
 from numpygpt import GPTConfig, Params
-from training.command import parse, run_program
 from training.run import load_run
 
 if TYPE_CHECKING:
@@ -229,7 +229,7 @@ def trace_numpy(config: GPTConfig, weights: Params, idx: np.ndarray, targets: np
 
 def trace_torch(config: GPTConfig, weights: Params, idx: np.ndarray, targets: np.ndarray) -> Trace:
     """torchgpt forward and backward, likewise."""
-    import torch  # here: tools.pictures traces too, and must run without it
+    import torch  # here: learn.pictures traces too, and must run without it
     from torch.overrides import TorchFunctionMode
 
     import torchgpt
@@ -336,7 +336,7 @@ def example(options: Options) -> tuple[GPTConfig, Params, np.ndarray]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    options = parse(Options, "python -m tools.trace", argv)
+    options = parse(Options, "python -m learn.trace", argv)
     config, weights, ids = example(options)
     idx, targets = ids[None, :-1], ids[None, 1:]
     traces = [trace(config, weights, idx, targets) for trace in (trace_numpy, trace_torch)]

@@ -14,8 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
-from data import UserError, corpus, tokenizers, verse
-from data.tokenizers import BPETokenizer, CharTokenizer, get_tokenizer, gpt2_tokenizer, load, load_merges, save
+from common.errors import UserError
+from data import bpe, corpus, gpt2_bpe, tokenizers, verse
+from data.bpe import BPETokenizer
+from data.gpt2_bpe import gpt2_tokenizer, load_merges
+from data.tokenizers import CharTokenizer, from_json, get_tokenizer, load, save, to_json
 
 needs_shakespeare = pytest.mark.skipif(
     not corpus.SHAKESPEARE_FILE.exists(), reason="needs data/shakespeare_char/input.txt: python -m data.corpus"
@@ -192,7 +195,7 @@ def test_of_pairs_that_occur_equally_often_the_lowest_ids_come_first():
 
 def rescan(text, num_merges):
     """Training as one would explain it: count all pairs of the whole text anew before each merge."""
-    chunks = [list(chunk.encode()) for chunk in tokenizers.split_chunks(text)]
+    chunks = [list(chunk.encode()) for chunk in bpe.split_chunks(text)]
     merges = []
     for new_id in range(256, 256 + num_merges):
         counts = Counter(pair for ids in chunks for pair in pairwise(ids))
@@ -217,7 +220,7 @@ def rescan(text, num_merges):
 @settings(deadline=None)
 def test_training_equals_a_rescan_before_each_merge(text, num_merges):
     merges, chunks = rescan(text, num_merges)
-    assert tokenizers.learn_merges(tokenizers.count_chunks(text), num_merges) == merges
+    assert bpe.learn_merges(bpe.count_chunks(text), num_merges) == merges
     tokenizer = BPETokenizer(tuple(merges))
     assert tokenizer.encode(text, use_tiktoken=False).tolist() == [one for ids in chunks for one in ids]
 
@@ -256,11 +259,11 @@ def test_bpe_round_trips_every_text(use_tiktoken, text):
 @given(any_text)
 @settings(deadline=None)
 def test_chunks_are_the_whole_text(text):
-    assert "".join(tokenizers.split_chunks(text)) == text
+    assert "".join(bpe.split_chunks(text)) == text
 
 
 def test_chunks_are_gpt2s():
-    assert tokenizers.split_chunks("I've 12 men,  they'll   weep!!\n\n ok's ") == [
+    assert bpe.split_chunks("I've 12 men,  they'll   weep!!\n\n ok's ") == [
         *("I", "'ve", " 12", " men", ",", " ", " they", "'ll", "  ", " weep", "!!", "\n\n", " ok", "'s", " "),
     ]
 
@@ -270,22 +273,22 @@ def test_chunks_are_gpt2s():
 def test_pieces_have_the_chunks_of_the_whole_text(text, size):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tokenizers, "PIECE_CHARS", size)
-        pieces = list(tokenizers.cut(text))
+        pieces = list(bpe.cut(text))
         assert "".join(pieces) == text
-        assert [chunk for piece in pieces for chunk in tokenizers.split_chunks(piece)] == tokenizers.split_chunks(text)
+        assert [chunk for piece in pieces for chunk in bpe.split_chunks(piece)] == bpe.split_chunks(text)
 
 
 def test_texts_are_cut_where_they_can_be(monkeypatch):
-    monkeypatch.setattr(tokenizers, "PIECE_CHARS", 4)
-    assert list(tokenizers.cut("to be or not to be")) == ["to be", " or not", " to be"]
-    assert list(tokenizers.cut("uninterrupted")) == ["uninterrupted"]
+    monkeypatch.setattr(bpe, "PIECE_CHARS", 4)
+    assert list(bpe.cut("to be or not to be")) == ["to be", " or not", " to be"]
+    assert list(bpe.cut("uninterrupted")) == ["uninterrupted"]
 
 
 def test_words_seen_before_and_words_not_kept_encode_alike(monkeypatch):
     text = verse.write(3_000)
     ids = VERSE.encode(text, use_tiktoken=False).tolist()
     assert VERSE.encode(text, use_tiktoken=False).tolist() == ids
-    monkeypatch.setattr(tokenizers, "MAX_CACHED_CHUNKS", 0)
+    monkeypatch.setattr(bpe, "MAX_CACHED_CHUNKS", 0)
     assert BPETokenizer(VERSE.merges).encode(text, use_tiktoken=False).tolist() == ids
 
 
@@ -363,7 +366,7 @@ def test_tiktoken_encodes_alike(text):
 def test_whatever_is_learned_tiktoken_encodes_alike(text, source):
     pytest.importorskip("tiktoken")
     text = text * 2
-    merges = tokenizers.learn_merges(tokenizers.count_chunks(text), 50)
+    merges = bpe.learn_merges(bpe.count_chunks(text), 50)
     tokenizer = BPETokenizer(tuple(merges))
     other = source.draw(st.text(alphabet=sorted(set(text))))
     for each in (text, other):
@@ -454,9 +457,7 @@ def test_merges_are_accepted_exactly_if_each_can_happen(drawn):
     ranks = {}
     for new_id, pair in enumerate(merges, start=256):
         ranks.setdefault(pair, new_id)
-    expected = all(
-        tokenizers.merge_all(list(tokens[new_id]), ranks) == [new_id] for new_id in range(256, 256 + len(merges))
-    )
+    expected = all(bpe.merge_all(list(tokens[new_id]), ranks) == [new_id] for new_id in range(256, 256 + len(merges)))
     try:
         BPETokenizer(tuple(merges))
         accepted = True
@@ -504,7 +505,7 @@ def test_a_tokenizer_comes_back_from_its_file(tmp_path, tokenizer):
     path = tmp_path / "run" / "tokenizer.json"
     save(tokenizer, path)
     assert load(path) == tokenizer
-    assert json.loads(path.read_text()) == tokenizer.to_json()
+    assert json.loads(path.read_text()) == to_json(tokenizer)
     assert get_tokenizer(str(path), "unused") == tokenizer
     assert [name.name for name in path.parent.iterdir()] == ["tokenizer.json"]
 
@@ -521,11 +522,14 @@ BPE = {"kind": "bpe", "byte_order": list(range(256)), "merges": [], "special_tok
         (b"\xff\xfe{\x00", "invalid start byte"),
         ("[" * 100_000, "nested too deeply"),
         ('{"kind":' * 100_000, "nested too deeply"),
-        ("[]", r"expected an object, not \[\]"),
-        ("null", "expected an object, not None"),
+        ("[]", r"expected an object, got \[\]"),
+        ("null", "expected an object, got None"),
         ("9" * 10_000, "digits"),
         ("{}", "kind must be one of char, bpe, not None"),
-        ({"version": "1.0", "model": {"type": "BPE"}}, "it is Hugging Face's, and not ours: take the merges.txt"),
+        (
+            {"version": "1.0", "model": {"type": "BPE"}},
+            "is Hugging Face's tokenizer.json, not ours: take the merges",
+        ),
         ({"kind": "word"}, "kind must be one of char, bpe, not 'word'"),
         ({"kind": ["char"]}, r"kind must be one of char, bpe, not \['char'\]"),
         ({"kind": "x" * 10_000}, "kind must be one of .*xxx"),
@@ -562,7 +566,7 @@ def test_a_file_that_is_no_tokenizer_is_one_line(tmp_path, content, fault):
     with pytest.raises(UserError, match=fault) as error:
         load(path)
     message = one_line(error)
-    assert message.startswith(f"{path} is not a tokenizer: ")
+    assert message.startswith(f"{path}")
     assert len(message) < len(str(path)) + 300
 
 
@@ -587,7 +591,7 @@ def tokenizer_or_error(path):
 @given(source=st.data())
 @settings(deadline=None)
 def test_a_damaged_file_loads_or_is_one_line(tmp_path_factory, tokenizer, source):
-    content = bytearray(json.dumps(tokenizer.to_json()).encode())
+    content = bytearray(json.dumps(to_json(tokenizer)).encode())
     for _ in range(source.draw(st.integers(1, 3))):
         at = source.draw(st.integers(0, len(content)))
         end = source.draw(st.integers(at, min(at + 20, len(content))))
@@ -600,7 +604,7 @@ def test_a_damaged_file_loads_or_is_one_line(tmp_path_factory, tokenizer, source
         assert str(path) in str(loaded)
     else:
         assert loaded.decode(range(loaded.vocab_size)) is not None
-        assert loaded.from_json(loaded.to_json()) == loaded
+        assert from_json(to_json(loaded)) == loaded
 
 
 # GPT-2
@@ -688,11 +692,11 @@ def test_a_merges_file_that_is_none_is_one_line(tmp_path, content, fault):
 
 def test_ranks_give_the_merges_back():
     ranks = list(WORLD.token_bytes[: 256 + len(WORLD.merges)])
-    assert tokenizers.from_ranks(ranks, WORLD.special_tokens) == WORLD
+    assert gpt2_bpe.from_ranks(ranks, WORLD.special_tokens) == WORLD
     with pytest.raises(UserError, match="token 257, b'abc', is not made of two tokens of lower rank"):
-        tokenizers.from_ranks([*ranks[:256], b"xy", b"abc"])
+        gpt2_bpe.from_ranks([*ranks[:256], b"xy", b"abc"])
     with pytest.raises(UserError, match="the first 256 tokens must be the 256 bytes"):
-        tokenizers.from_ranks([*ranks[:255], b"xy"])
+        gpt2_bpe.from_ranks([*ranks[:255], b"xy"])
 
 
 def test_the_gpt2_tokenizer_comes_from_tiktoken_and_then_needs_it_no_more(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""tools.pictures: all are drawn from any run, of what the engine itself computed; and docs/pictures.md shows all."""
+"""learn.pictures: all are drawn from any run, of what the engine itself computed; and docs/pictures.md shows all."""
 
 import json
 import re
@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 import numpygpt
-from data import UserError
+from common.errors import UserError
 from data.tokenizers import CharTokenizer
+from learn import pictures, trace
 from numpygpt import GPTConfig
 from tests.helpers import ROOT
 from tests.runs import resume, start, write_text
-from tools import pictures, trace
 from tools.export import write_run
 from training.metrics import read_metrics
 
@@ -186,5 +186,5 @@ def test_labels_are_visible_and_no_formulas() -> None:
 
 
 def test_import_needs_neither_torch_nor_matplotlib() -> None:
-    check = "import sys, tools.pictures; assert not {'torch', 'matplotlib'} & set(sys.modules)"
+    check = "import sys, learn.pictures; assert not {'torch', 'matplotlib'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", check], cwd=ROOT, check=True)

@@ -1,4 +1,4 @@
-"""bench/tokenizers.py: the comparison is fair, runs are kept, and the page says what was measured."""
+"""bench/subwords.py: the comparison is fair, runs are kept, and the page says what was measured."""
 
 import math
 import re
@@ -9,15 +9,15 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from bench import tokenizers as bench
+from bench import subwords as bench
 from bigram import bigram_loss
+from common.cli import parse, run_program
 from data.corpus import load_corpus
 from data.tokenizers import get_tokenizer, load
 from numpygpt import GPTConfig, param_shapes
 from sample import write_samples
 from tests.helpers import ROOT
 from tests.runs import write_text
-from training.command import parse, run_program
 from training.config import PRESETS
 from training.metrics import read_metrics
 from training.run import Run
@@ -169,7 +169,7 @@ def test_the_plot_is_over_characters_and_over_seconds() -> None:
 
 def test_the_short_look_that_is_documented_is_not_in_the_way_of_the_comparison() -> None:
     look = next(line for line in bench.__doc__.splitlines() if "--max-chars" in line)
-    options = parse(bench.Options, "bench/tokenizers.py", shlex.split(look)[2:])
+    options = parse(bench.Options, "bench/subwords.py", shlex.split(look)[3:])
     assert options.run_dir != bench.Options.run_dir
     assert options.out != bench.Options.out
 
@@ -191,7 +191,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path]:
 def test_the_page_says_what_was_measured(made: tuple[list[str], Path]) -> None:
     argv, folder = made
     page = (folder / "out" / "tokenizers.md").read_text(encoding="utf-8")
-    assert "python bench/tokenizers.py " + " ".join(argv) in page
+    assert "python -m bench.subwords " + " ".join(argv) in page
     inputs, losses, rates = tables(page)
     names = {"characters": "numpy-char", f"BPE-{VOCAB_SIZE}": f"numpy-bpe{VOCAB_SIZE}"}
     assert list(inputs) == list(losses) == list(rates) == list(names)
@@ -214,7 +214,7 @@ def test_the_page_says_what_was_measured(made: tuple[list[str], Path]) -> None:
 
 def test_the_curve_is_over_the_characters_learned_from(made: tuple[list[str], Path]) -> None:
     argv, _ = made
-    options = parse(bench.Options, "bench/tokenizers.py", argv)
+    options = parse(bench.Options, "python -m bench.subwords", argv)
     corpus = load_corpus(options.data)
     for name, vocab_size in (("characters", None), ("BPE", VOCAB_SIZE)):
         result = bench.train_contender(name, options, corpus, vocab_size)
@@ -293,7 +293,7 @@ def test_what_makes_no_sense_is_one_line(
 
 
 def test_the_page_in_docs_is_that_of_the_four_contenders() -> None:
-    assert "```\npython bench/tokenizers.py\n```" in PAGE
+    assert "```\npython -m bench.subwords\n```" in PAGE
     inputs, losses, _ = tables(PAGE)
     assert [*inputs] == ["characters", "BPE-512", "BPE-1024", "BPE-4096"]
     assert [number(cells[0]) for cells in inputs.values()] == [65, 512, 1024, 4096]
