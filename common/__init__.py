@@ -2,5 +2,6 @@
 
 common.errors    UserError: what a user caused, in one line
 common.files     bounded reads, atomic writes, JSON
+common.tensors   safetensors, read and written
 common.cli       a command line -> options; every way to fail -> one line and an exit status
 """
