@@ -9,6 +9,7 @@ import io
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from itertools import dropwhile, takewhile
 from pathlib import Path
@@ -49,6 +50,8 @@ def is_rule(line: str) -> bool:
 def run_program(main: Callable[[], int]) -> int:
     """main()'s exit status; or 1 and one line on stderr, if something went wrong that the user can mend."""
     status, message = 1, None
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C is a KeyboardInterrupt again
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":  # None where there is no console
         sys.stdout.reconfigure(errors="backslashreplace")  # a text may have characters that a terminal has not
     try:
@@ -75,6 +78,12 @@ def run_program(main: Callable[[], int]) -> int:
     if message is not None:
         print(f"error: {message}", file=sys.stderr)
     return status
+
+
+def quit_on_interrupt() -> None:
+    """Until run_program takes over, Ctrl-C ends the process without a traceback: packages may take seconds to load."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # and is not ignored, as in the background
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def run_and_flush(main: Callable[[], int]) -> int:

@@ -13,3 +13,8 @@ class UserError(ValueError):
 def shorten(value: object) -> str:
     """repr on one line, cut to fit a message. A long list is not written out only to be cut."""
     return reprlib.repr(value)
+
+
+def printable(text: str) -> str:
+    """A text that came from a file, without line ends and control characters: they are written as escapes."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)

@@ -57,8 +57,7 @@ def test_a_whole_run_and_a_sample_of_it(engine: str, tmp_path: Path) -> None:
     if engine == "torch":
         assert "device cpu, float32, eager" in done.stdout
     kept = sorted(str(path.relative_to(tmp_path / "a run")) for path in (tmp_path / "a run").rglob("*"))
-    checkpoint = ["model.safetensors", "optimizer.safetensors", "state.json"]
-    checkpoints = [name for folder in ("best", "last") for name in (folder, *(f"{folder}/{f}" for f in checkpoint))]
+    checkpoints = ["best.safetensors", "last.safetensors"]
     assert kept == sorted(["config.json", "lock", "loss.png", "metrics.jsonl", "tokenizer.json", *checkpoints])
     assert (tmp_path / "a run" / "loss.png").read_bytes().startswith(b"\x89PNG")
 
@@ -268,7 +267,7 @@ def test_a_refused_run_deletes_nothing_but_its_own_lock(
     if file == "config.json":
         (tmp_path / "run").mkdir()
     assert start("numpy", text, tmp_path / "run") == 1
-    kept = {"lock"} if file == "config.json" else {"lock", "note.txt"}
+    kept = set() if file == "config.json" else {"note.txt"}
     assert {path.name for path in (tmp_path / "run").iterdir()} == kept
 
 
@@ -430,9 +429,9 @@ def test_a_run_that_cannot_begin_does_not_cost_the_old_one(
     tmp_path: Path, text: Path, capsys: pytest.CaptureFixture
 ) -> None:
     assert start("numpy", text, tmp_path / "run", max_steps=2) == 0
-    before = (tmp_path / "run" / "last" / "model.safetensors").read_bytes()
+    before = (tmp_path / "run" / "last.safetensors").read_bytes()
     assert start("numpy", text, tmp_path / "run", overwrite="", vocab_size=2) == 1
-    assert (tmp_path / "run" / "last" / "model.safetensors").read_bytes() == before
+    assert (tmp_path / "run" / "last.safetensors").read_bytes() == before
 
 
 def test_config_json_records_what_was_chosen(tmp_path: Path, text: Path) -> None:
