@@ -88,7 +88,8 @@ def gather(tokens: np.ndarray, starts: np.ndarray, T: int) -> Batch:
 def split(batch: Batch, parts: int) -> list[Batch]:
     """A batch as `parts` micro-batches whose sizes differ by at most one. parts is at most B."""
     edges = [len(batch[0]) * part // parts for part in range(parts + 1)]
-    return [tuple(ids[first:last] for ids in batch) for first, last in pairwise(edges)]
+    idx, targets = batch
+    return [(idx[first:last], targets[first:last]) for first, last in pairwise(edges)]
 
 
 def encode(tokenizer: Tokenizer, text: str, folder: Path, start: int) -> np.ndarray:

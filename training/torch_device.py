@@ -6,7 +6,7 @@ import platform
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -46,7 +46,7 @@ def device_defaults(argv: Sequence[str] | None) -> DeviceFlags:
     there = [kind for kind in available if available[kind]]
     if asked in available and asked not in there:
         raise UserError(f"device {asked} is not available here: choose {' or '.join(there)}")
-    kind = asked if asked in available else there[0]
+    kind: Any = asked if asked in available else there[0]
     # Triton, which torch.compile needs on a GPU, is not made for Windows.
     return DeviceFlags(kind, compile=kind == "cuda" and platform.system() != "Windows", pad_vocab=kind == "cuda")
 
@@ -85,7 +85,8 @@ def configure_torch(flags: DeviceFlags, threads: int | None) -> None:
     if flags.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without which cuBLAS refuses
     torch.use_deterministic_algorithms(flags.deterministic)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads such memory
+    deterministic: Any = torch.utils.deterministic  # which has no type hints
+    deterministic.fill_uninitialized_memory = False  # nothing here reads such memory
 
 
 @contextmanager
