@@ -157,8 +157,8 @@ def contender_flags(options: Options, corpus: Corpus, vocab_size: int | None) ->
     if there and (found := read_config(folder)).training != training:
         names = [name for name in vars(training) if getattr(training, name) != getattr(found.training, name)]
         raise UserError(f"{folder} holds a run with another {' and '.join(names)}: choose another --run-dir")
-    place = {"resume" if there else "run_dir": str(folder)}
-    return Flags(preset.model, training, RunFlags(options.preset, **place))
+    run_flags = RunFlags(options.preset, resume=str(folder) if there else None, run_dir=None if there else str(folder))
+    return Flags(preset.model, training, run_flags)
 
 
 def make_engine(name: str, model: GPTConfig, training: TrainConfig) -> Engine:

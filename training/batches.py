@@ -9,6 +9,7 @@ import tempfile
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,7 +19,8 @@ from data.tokenizers import Tokenizer
 
 STREAMS = ("epoch", "estimate", "dropout", "sample")  # an order is part of the addresses: append only
 
-Batch = tuple[np.ndarray, np.ndarray]  # idx and targets, each (B, T) int64; targets are idx one token further on
+# idx and targets, each (B, T) integers, the targets one token further on: NumPy's arrays, or an engine's own.
+Batch = tuple[Any, Any]
 
 
 def step_rng(seed: int, step: int, stream: str) -> np.random.Generator:

@@ -56,7 +56,7 @@ def test_what_is_written_is_read(seal: bool, monkeypatch: pytest.MonkeyPatch) ->
                 assert read.dtype == theirs[name].dtype == array.dtype
                 assert np.array_equal(read, array)
                 assert np.array_equal(theirs[name], array)
-                assert not read.flags.writeable or not read.size
+                assert name != "b" or not read.flags.writeable, "it lies in the file"
 
 
 @pytest.mark.parametrize("dtype", ["F16", "BF16", "F32", "F64"])
