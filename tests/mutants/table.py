@@ -558,7 +558,22 @@ TABLE = {
         ],
         "test_loop.py::test_the_clock_leaves_out_evaluations_and_saves": [
             ("evaluations count as training", "self.step_began += took", "pass"),
+        ],
+        "test_loop.py::test_the_seconds_of_a_run_continue_after_a_resume": [
             ("the seconds of a run begin again after a resume", "self.began = now - seconds", "self.began = now"),
+        ],
+        "test_loop.py::test_of_two_equal_losses_the_earlier_stays_best": [
+            (
+                "of two equal losses the later one is best",
+                "loss < self.state.best_loss",
+                "loss <= self.state.best_loss",
+            ),
+        ],
+        "test_loop.py::test_metrics_are_on_the_disk_before_the_checkpoint_that_knows_them": [
+            ("metrics are not flushed before a checkpoint", "            self.metrics.sync()  #", "            #"),
+        ],
+        "test_loop.py::test_each_estimate_has_random_windows_of_its_own": [
+            ("all estimates use one seed", "config.seed, self.state.step)", "config.seed, 0)"),
         ],
     },
     "training/run.py": {
@@ -568,10 +583,9 @@ TABLE = {
     },
     "common/tensors.py": {
         "test_tensors.py::test_a_flipped_bit_anywhere_is_found": [
-            ("the seal does not cover the header", "header.replace(seal.encode(), UNSEALED.encode())", "b''"),
-            ("the seal does not cover the tensors", "    while piece := file.read(PIECE):", "    while piece := b'':"),
+            ("damage is not seen", "    if digest.hexdigest() != seal:", "    if False:"),
         ],
-        "test_tensors.py::test_what_is_not_finite_is_neither_written_nor_read": [
+        "test_tensors.py::test_what_is_not_finite_is_neither_written_nor_read[nan]": [
             ("NaN is written", "            if not np.isfinite(piece).all():", "            if False:"),
             (
                 "NaN is read",

@@ -26,9 +26,9 @@ from safetensors.numpy import load_file
 
 import sample
 import train_numpy
+import training.run
 from tests.runs import arguments, run, skip_what_is_slow, start, write_text
 from training.checkpoint import Checkpoint
-from training.run import LEFTOVER
 
 LAST, BEST = "last.safetensors", "best.safetensors"
 FILES = ("config.json", "tokenizer.json", "metrics.jsonl", LAST, BEST)
@@ -551,7 +551,7 @@ def test_a_run_of_the_old_format_is_refused(saved: Path, tmp_path: Path, capsys:
 def test_the_names_of_leftovers() -> None:
     """What a resume deletes are names that this program makes, and no others."""
     for name in (".config.json.0123abcd.new", ".last.safetensors.ffffffff.new", ".metrics.jsonl.12345678.new"):
-        assert LEFTOVER.fullmatch(name)
+        assert training.run.LEFTOVER.fullmatch(name)
     for name in (
         ".mine.new",
         "config.json",
@@ -559,4 +559,4 @@ def test_the_names_of_leftovers() -> None:
         ".config.json.mine.of.new",
         "config.json.0123abcd.new",
     ):
-        assert not LEFTOVER.fullmatch(name)
+        assert not training.run.LEFTOVER.fullmatch(name)

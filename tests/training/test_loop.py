@@ -5,11 +5,12 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,7 +28,6 @@ from training.checkpoint import load_checkpoint, save_last, save_tensors
 from training.config import learning_rate
 from training.evaluate import evaluate
 from training.lock import Lock, locked
-from training.loop import SAVE_RATIO, SAVE_SECONDS, Clock
 from training.metrics import MetricsWriter, read_metrics
 from training.run import load_run, read_config
 
@@ -50,6 +50,14 @@ def finished(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         skip_what_is_slow(patch)
         assert start("numpy", text, folder) == 0
     return folder
+
+
+@contextmanager
+def scratch() -> Iterator[tuple[pytest.MonkeyPatch, Path, Path]]:
+    """For tests that catch mutants, which take no fixtures: what replaces things, a text, and a folder for a run."""
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
+        skip_what_is_slow(patch)
+        yield patch, write_text(Path(folder)), Path(folder) / "run"
 
 
 def everything(folder: Path) -> dict[str, bytes | str]:
@@ -91,9 +99,7 @@ def test_random_windows_reach_both_ends() -> None:
     assert targets.max() == 8
 
 
-def test_each_estimate_has_random_windows_of_its_own(
-    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_estimate_has_random_windows_of_its_own() -> None:
     """A failure: a run is watched through the same few windows, and their luck looks like progress."""
     addresses = []
 
@@ -101,80 +107,88 @@ def test_each_estimate_has_random_windows_of_its_own(
         addresses.append(args[-2:])
         return 2.0
 
-    monkeypatch.setattr(loop, "estimate", estimate)
-    assert start("numpy", text, tmp_path / "run", seed=5) == 0
+    with scratch() as (patch, text, run_dir):
+        patch.setattr(loop, "estimate", estimate)
+        assert start("numpy", text, run_dir, seed=5) == 0
     assert addresses == [(5, step) for step in (4, 4, 8, 8, 12, 12)]
 
 
-def test_of_two_equal_losses_the_earlier_stays_best(
-    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_of_two_equal_losses_the_earlier_stays_best() -> None:
     """More steps for the same loss are no gain; and best.safetensors is not written for nothing."""
-    monkeypatch.setattr(loop, "evaluate", lambda *_: 2.0)
-    assert start("numpy", text, tmp_path / "run") == 0
-    assert state(tmp_path / "run" / "last.safetensors")["best_step"] == 5
-    assert state(tmp_path / "run" / "best.safetensors")["step"] == 5
+    with scratch() as (patch, text, run_dir):
+        patch.setattr(loop, "evaluate", lambda *_: 2.0)
+        assert start("numpy", text, run_dir) == 0
+        assert state(run_dir / "last.safetensors")["best_step"] == 5
+        assert state(run_dir / "best.safetensors")["step"] == 5
 
 
-def test_the_seconds_of_a_run_go_on_after_a_resume(
-    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run_dir = copy(finished, tmp_path / "run")
-    before = state(run_dir / "last.safetensors")["seconds"]
-    assert before > 0
-    assert resume("numpy", run_dir, max_steps=14) == 0
-    assert state(run_dir / "last.safetensors")["seconds"] > before
-    seconds = [line["seconds"] for line in read_metrics(run_dir / "metrics.jsonl")]
-    assert seconds == sorted(seconds)
+def test_the_seconds_of_a_run_continue_after_a_resume() -> None:
+    with scratch() as (_, text, run_dir):
+        assert start("numpy", text, run_dir) == 0
+        before = state(run_dir / "last.safetensors")["seconds"]
+        assert before > 0
+        assert resume("numpy", run_dir, max_steps=14) == 0
+        assert state(run_dir / "last.safetensors")["seconds"] > before
+        seconds = [line["seconds"] for line in read_metrics(run_dir / "metrics.jsonl")]
+        assert seconds == sorted(seconds)
 
 
-def test_metrics_are_on_the_disk_before_the_checkpoint_that_knows_them(
-    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_metrics_are_on_the_disk_before_the_checkpoint_that_knows_them() -> None:
     """A failure: after a power cut, measurements are missing that nobody makes again."""
     events = []
-    for owner, name in ((MetricsWriter, "write"), (MetricsWriter, "sync"), (loop, "save_last")):
-        real = getattr(owner, name)
-        monkeypatch.setattr(
-            owner, name, lambda *args, real=real, name=name, **rest: events.append(name) or real(*args, **rest)
-        )
-    assert start("numpy", text, tmp_path / "run") == 0
+    with scratch() as (patch, text, run_dir):
+        for owner, name in ((MetricsWriter, "write"), (MetricsWriter, "sync"), (loop, "save_last")):
+            real = getattr(owner, name)
+            patch.setattr(
+                owner, name, lambda *args, real=real, name=name, **rest: events.append(name) or real(*args, **rest)
+            )
+        assert start("numpy", text, run_dir) == 0
     saves = [number for number, name in enumerate(events) if name == "save_last"]
     assert len(saves) == 3
     assert all(events[number - 1] == "sync" for number in saves)
 
 
-def test_the_wait_before_the_next_save_follows_from_the_last_one(monkeypatch: pytest.MonkeyPatch) -> None:
+class FakeTime:
+    """A clock that moves when it is told to."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+def test_the_wait_before_the_next_save_follows_from_the_last_one() -> None:
     """Saving costs under 2% of the time, however long one takes."""
-    now = 1000.0
-    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: now))
-    clock = Clock(0.0)
-    for took in (0.0, 0.1, 3.0):
-        began = now
-        with clock.saving():
-            now += took
-        wait = max(SAVE_SECONDS, SAVE_RATIO * took)
-        now = began + took + wait - 1e-6
-        assert not clock.save_due()
-        now += 2e-6
-        assert clock.save_due()
+    time = FakeTime()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "time", time)
+        clock = loop.Clock(0.0)
+        for took in (0.0, 0.1, 3.0):
+            with clock.saving():
+                time.now += took
+            time.now += max(10, 50 * took) - 1e-6
+            assert not clock.save_due()
+            time.now += 2e-6
+            assert clock.save_due()
 
 
-def test_the_clock_leaves_out_evaluations_and_saves(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 0.0
-    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: now))
-    clock = Clock(100.0)
-    for _ in range(2):
-        now += 0.5
+def test_the_clock_leaves_out_evaluations_and_saves() -> None:
+    time = FakeTime()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "time", time)
+        clock = loop.Clock(100.0)
+        for _ in range(2):
+            time.now += 0.5
+            clock.step_done()
+            with clock.pause():
+                time.now += 10
+        assert clock.steps == [0.5, 0.5]
+        assert clock.steps_per_second() == 2
+        time.now += 0.25
         clock.step_done()
-        with clock.pause():
-            now += 10
-    assert clock.steps == [0.5, 0.5]
-    assert clock.steps_per_second() == 2
-    now += 0.25
-    clock.step_done()
-    assert clock.steps_per_second() == 4
-    assert clock.seconds() == 100 + 2 * 10.5 + 0.25
+        assert clock.steps_per_second() == 4
+        assert clock.seconds() == 100 + 2 * 10.5 + 0.25
 
 
 def test_an_evaluation_may_be_of_the_first_tokens_alone(
