@@ -36,7 +36,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from data import UserError
 from numpygpt import GPTConfig, Params, check_batch, check_ids, param_shapes
-from torchgpt import GPT, without_dropout
+from torchgpt import GPT
 from training.batches import Batch, read_windows, step_rng
 from training.command import parse_flags, run_program
 from training.config import Flags, TrainConfig
@@ -86,6 +86,17 @@ class Loss(nn.Module):
 
     def forward(self, idx: Tensor, targets: Tensor) -> Tensor:
         return self.gpt(idx, targets)[1]
+
+
+@contextmanager
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; afterwards the mode that the model was in before."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 class TorchEngine:
