@@ -508,15 +508,6 @@ TABLE = {
             ("one step's characters for the time of five", "(STEPS * r.chars_per_step)", "r.chars_per_step"),
             ("the length of the sample is left out", "times[r.name] / len(text)", "times[r.name] / SAMPLE_CHARS"),
         ],
-        "test_bench_subwords.py::test_the_findings_are_those_of_the_numbers": [
-            ("best and worst exchanged", "best, worst = min", "worst, best = min"),
-            (
-                "as much text the other way round",
-                "first.val_tokens_per_char / last.val_tokens_per_char",
-                "last.val_tokens_per_char / first.val_tokens_per_char",
-            ),
-            ("times the speed, called times the time", "{1 / training[-1].factor", "{training[-1].factor"),
-        ],
         "test_bench_subwords.py::test_the_plot_is_over_characters_and_over_seconds": [
             ("seconds from the wrong end", "n / speed.chars_per_s for", "n * speed.chars_per_s for"),
         ],
