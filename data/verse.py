@@ -35,8 +35,6 @@ import numpy as np
 
 from common.errors import UserError
 
-__all__ = ["NUM_CHARS", "SEED", "START", "Alternative", "Symbol", "entropy_per_char", "grammar", "log_prob", "write"]
-
 NUM_CHARS = 400_000  # the length of the corpus "verse"
 SEED = 1609  # the seed of the corpus "verse"
 
@@ -174,7 +172,7 @@ def write(num_chars: int = NUM_CHARS, seed: int = SEED) -> str:
     bounds = {name: list(accumulate(way.probability for way in rule)) for name, rule in rules.items()}
     rng = np.random.default_rng(seed)
     pieces, length = [], 0
-    to_come = []  # what is still to be written, the next part last
+    to_come: list[str] = []  # what is still to be written, the next part last
     while length < num_chars:
         part = to_come.pop() if to_come else START
         if isinstance(part, Symbol):
@@ -196,7 +194,7 @@ def log_prob(text: str) -> float:
     """
     rules = grammar()
     total, at = 0.0, 0
-    to_come = []
+    to_come: list[str] = []
     while at < len(text):
         part = to_come.pop() if to_come else START
         if isinstance(part, Symbol):

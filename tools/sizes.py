@@ -3,6 +3,7 @@
 `python -m tools.export info RUN` prints them.
 """
 
+from collections.abc import Sequence
 from math import prod
 from pathlib import Path
 
@@ -82,7 +83,7 @@ def millions(n: float) -> str:
     return f"{n / 1e6:,.2f}"
 
 
-def print_table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+def print_table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
     """A table in columns: the first and a last without a title to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     print()
