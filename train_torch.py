@@ -31,14 +31,13 @@ if __name__ == "__main__" and importlib.util.find_spec("torch") is None:
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
 from common.cli import run_program
 from common.errors import UserError
 from numpygpt import GPTConfig, Params, check_batch, check_ids, param_shapes
 from torchgpt import GPT
-from training.batches import Batch, read_windows, step_rng
+from training.batches import Batch, step_rng
 from training.config import Flags, TrainConfig
 from training.flags import parse_flags
 from training.loop import train
@@ -55,9 +54,6 @@ class DeviceFlags:
     graph: bool  # record a whole step as a CUDA graph and replay it: Python no longer holds up the GPU
     pad_vocab: bool  # compute the head in a multiple of 64 columns, a width that tensor cores like
     attention: Literal["sdpa", "explicit"] = "sdpa"  # PyTorch's fused kernel, or softmax(QK')V written out
-    fused: bool = True  # AdamW as one kernel
-    tf32: bool = True  # where a CUDA GPU multiplies float32 matrices, round their entries to TF32
-    corpus_on_device: bool = True  # the training tokens move to the device once, 4 bytes each, and not batch by batch
     recompute: bool = False  # keep only the blocks' inputs for the backward pass: less memory, a third more time
     deterministic: bool = False  # a GPU adds in one order: a seed gives the same bits again, at a lower speed
 
@@ -111,7 +107,7 @@ class TorchEngine:
     def __init__(self, model: GPTConfig, training: TrainConfig, flags: DeviceFlags, team: Team = Team()) -> None:
         dtype = torch.float64 if training.dtype == "float64" else torch.float32
         self.flags, self.device, self.bfloat16 = flags, torch.device(flags.device), training.dtype == "bfloat16"
-        self.seed, self.grad_clip, self.ema = training.seed, training.grad_clip or math.inf, training.ema
+        self.seed, self.grad_clip = training.seed, training.grad_clip or math.inf
         self.team, self.leader = team, team.rank == 0
         on_cpu = self.device.type == "cpu"
         self.gpt = GPT(
@@ -137,7 +133,6 @@ class TorchEngine:
         self.eval_batch_size = None if on_cpu else max(1, at_once)
 
         named = dict(self.gpt.named_parameters())
-        self.average = {name: param.detach().clone() for name, param in named.items()} if self.ema else {}
         self.decayed = {name: param for name, param in named.items() if param.ndim >= 2}
         self.others = {name: param for name, param in named.items() if param.ndim < 2}
         groups = [
@@ -151,7 +146,7 @@ class TorchEngine:
             training.learning_rate if self.lr is None else self.lr,
             betas=(training.beta1, training.beta2),
             eps=1e-8,
-            fused=flags.fused,
+            fused=True,
             capturable=flags.graph,
         )
         self.update = Recorded(self) if flags.graph else self.update_once
@@ -159,7 +154,7 @@ class TorchEngine:
 
         # To look at a number on a GPU means to wait for it. So the step notes itself where it is not finite, and from
         # then on the fused kernel leaves weights and moments alone; `check` looks, now and then.
-        self.lazy = flags.fused and self.device.type == "cuda"
+        self.lazy = self.device.type == "cuda"
         self.step = torch.zeros((), dtype=torch.int64, device=self.device)
         self.broken = torch.full_like(self.step, -1)
 
@@ -244,21 +239,7 @@ class TorchEngine:
             bad = [name for name, param in self.gpt.named_parameters() if not torch.isfinite(param.grad).all()]
             raise ValueError(f"not finite: {f'the gradient of {bad[0]}' if bad else 'the loss, or the norm'}")
         self.optimizer.step()
-        if self.ema:
-            self.follow()
         return loss, norm
-
-    def follow(self) -> None:
-        """Move the average of the weights towards them, see training.loop.Engine.loss."""
-        weights = [param.detach() for param in self.gpt.parameters()]
-        t = self.optimizer.state[self.gpt.wte.weight]["step"].to(weights[0])
-        rate = (9 / (10 + t)).clamp(min=1 - self.ema)  # 1 - d
-        if self.lazy:
-            rate = rate * (self.broken < 0)
-        averages = list(self.average.values())
-        change = torch._foreach_sub(weights, averages)
-        torch._foreach_mul_(change, rate)
-        torch._foreach_add_(averages, change)
 
     def check(self) -> None:
         """Raises ValueError that names the first step that was not finite. Waits for the device."""
@@ -280,11 +261,7 @@ class TorchEngine:
         """The tokens are checked and move to the device once, and the windows are gathered there."""
         if tokens is not self.source:
             check_ids("the training split", tokens[None], 0, self.gpt.config.vocab_size)
-            self.source = tokens
-            if self.flags.corpus_on_device:
-                self.corpus = torch.from_numpy(np.array(tokens)).to(self.device)
-        if not self.flags.corpus_on_device:
-            return read_windows(tokens, starts, T)
+            self.source, self.corpus = tokens, torch.from_numpy(np.array(tokens)).to(self.device)
         windows = self.corpus.unfold(0, T + 1, 1)[self.to_device(starts)].long()
         return windows[:, :-1], windows[:, 1:]
 
@@ -292,7 +269,7 @@ class TorchEngine:
         check_batch(self.gpt.config, idx, targets)
         batch = self.to_device(idx), self.to_device(targets)
         with torch.no_grad(), without_dropout(self.gpt), full_precision():
-            return functional_call(self.gpt, self.average, batch)[1]
+            return self.gpt(*batch)[1]
 
     def to_device(self, ids: np.ndarray | Tensor) -> Tensor:
         return torch.as_tensor(ids).to(self.device, non_blocking=True)
@@ -304,7 +281,7 @@ class TorchEngine:
     def num_params(self) -> int:
         return self.gpt.num_params()
 
-    def save(self) -> tuple[Params, Params, Params, int, Params | None]:
+    def save(self) -> tuple[Params, Params, Params, int]:
         m, v, t = {}, {}, 0
         for name, param in self.gpt.named_parameters():
             state = self.optimizer.state.get(param)  # nothing before the first step
@@ -312,10 +289,9 @@ class TorchEngine:
             v[name] = to_numpy(state["exp_avg_sq"] if state else torch.zeros_like(param))
             t = int(state["step"]) if state else 0
         weights = {name: to_numpy(param) for name, param in self.gpt.named_parameters()}
-        average = {name: to_numpy(tensor) for name, tensor in self.average.items()}
-        return weights, m, v, t, average or None
+        return weights, m, v, t
 
-    def load(self, weights: Params, m: Params, v: Params, t: int, average: Params | None = None) -> None:
+    def load(self, weights: Params, m: Params, v: Params, t: int) -> None:
         self.gpt.load_state_dict({name: torch.from_numpy(weight) for name, weight in weights.items()})
         state = {
             number: {
@@ -326,8 +302,6 @@ class TorchEngine:
             for number, name in enumerate([*self.decayed, *self.others])  # as the groups count them
         }
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
-        for name, tensor in self.average.items():
-            tensor.copy_(torch.from_numpy((average or weights)[name]))
         if self.flags.graph:
             self.update = Recorded(self)  # a recording made before would go on with the moments of before
 
@@ -358,7 +332,7 @@ class Recorded:
         """Run the step a few times on the side, so that all is compiled and allocated; record it; undo it all."""
         engine = self.engine
         moments = [tensor for state in engine.optimizer.state.values() for tensor in state.values()]
-        tensors = [*engine.gpt.parameters(), *engine.average.values(), engine.broken, *moments]
+        tensors = [*engine.gpt.parameters(), engine.broken, *moments]
         before = [tensor.detach().clone() for tensor in tensors]
         self.batch = [ids.clone() for ids in batch]
         side = torch.cuda.Stream()
@@ -448,7 +422,6 @@ def settle(flags: TorchFlags, team: Team) -> TorchFlags:
         raise UserError(f"--graph records the work of one process, not of {team.size}: choose --no-graph")
     unrecorded = {
         "float64": dtype == "float64",
-        "a plain AdamW": not device.fused,
         "recomputed dropout": device.recompute and flags.model.dropout > 0,  # sets the generator back
     }
     if device.graph and any(unrecorded.values()):
@@ -460,7 +433,7 @@ def settle(flags: TorchFlags, team: Team) -> TorchFlags:
 
 def describe(run: Run, flags: DeviceFlags, team: Team) -> None:
     """Say what was chosen; and where there is no GPU, what that means."""
-    modes = ["compiled" if flags.compile else "eager", f"{'fused' if flags.fused else 'plain'} AdamW"]
+    modes = ["compiled" if flags.compile else "eager"]
     modes += ["CUDA graph"] * flags.graph + ["padded head"] * flags.pad_vocab + ["recomputed blocks"] * flags.recompute
     modes += [f"{team.size} processes"] * (team.size > 1)
     print(f"device {flags.device}, {run.training.dtype}, {', '.join(modes)}")
@@ -551,7 +524,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             check_gpus(team)
         if flags.run.threads is not None:
             torch.set_num_threads(flags.run.threads)
-        torch.set_float32_matmul_precision("high" if flags.device.tf32 else "highest")
+        torch.set_float32_matmul_precision("high" if flags.device.device == "cuda" else "highest")  # high: TF32
         be_deterministic(flags.device.deterministic)
         try:
             with open_together(flags, team) as run:

@@ -448,37 +448,6 @@ TABLE = {
             ("evaluation divides by one token too many", "total / (len(tokens) - 1)", "total / len(tokens)"),
         ],
     },
-    "train_numpy.py": {
-        "test_ema.py::test_the_average_is_the_recursion[numpy]": [
-            (
-                "the average of the weights has no warm-up",
-                "max(1 - self.ema, 9 / (10 + self.optimizer.t))",
-                "1 - self.ema",
-            ),
-        ],
-        "test_ema.py::test_evaluation_is_of_the_average[numpy]": [
-            ("the weights are evaluated, not their average", "self.averaged.forward(", "self.gpt.forward("),
-        ],
-    },
-    "train_torch.py": {
-        "test_ema.py::test_the_average_is_the_recursion[torch]": [
-            (
-                "the average of the weights has no warm-up",
-                ".clamp(min=1 - self.ema)",
-                ".clamp(1 - self.ema, 1 - self.ema)",
-            ),
-        ],
-        "test_ema.py::test_evaluation_is_of_the_average[torch]": [
-            (
-                "the weights are evaluated, not their average",
-                "(self.gpt, self.average, batch)",
-                "(self.gpt, {}, batch)",
-            ),
-        ],
-        "test_ema.py::test_a_step_that_is_not_finite_leaves_the_average_alone": [
-            ("the average moves although the step was given up", "rate = rate * (self.broken < 0)", "pass"),
-        ],
-    },
     "common/cli.py": {
         "test_cli.py::test_a_module_that_nobody_can_install_is_a_bug[training]": [
             ("a bug of the project's own asks for an installation", "if not can_be_installed(error.name)", "if False"),
