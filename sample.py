@@ -20,7 +20,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Annotated, Literal
 
+from common.startup import explain_failed_imports
+
+if __name__ == "__main__":
+    explain_failed_imports()
+
 import numpy as np
+import tyro
 
 from common.cli import parse, run_program
 from common.errors import UserError
@@ -154,7 +160,6 @@ def read_prompt() -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    import tyro
 
     def arguments(
         run: Annotated[Path, tyro.conf.Positional],

@@ -35,8 +35,6 @@ import numpy as np
 
 from common.errors import UserError
 
-__all__ = ["NUM_CHARS", "SEED", "START", "Alternative", "Symbol", "entropy_per_char", "grammar", "log_prob", "write"]
-
 NUM_CHARS = 400_000  # the length of the corpus "verse"
 SEED = 1609  # the seed of the corpus "verse"
 
