@@ -21,6 +21,11 @@ from collections.abc import Sequence
 for blas in ("OPENBLAS", "MKL", "VECLIB"):  # training.parallel has threads of its own, which pay better
     os.environ.setdefault(f"{blas}_NUM_THREADS", "1")
 
+from common.startup import explain_failed_imports
+
+if __name__ == "__main__":
+    explain_failed_imports()
+
 import numpy as np
 
 from common.cli import run_program

@@ -11,7 +11,6 @@ is measured and kept, is training/loop.py, which train_numpy.py runs just the sa
 """
 
 import argparse
-import importlib.util
 import math
 import os
 import platform
@@ -24,10 +23,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
-import numpy as np
+from common.startup import explain_failed_imports
 
-if __name__ == "__main__" and importlib.util.find_spec("torch") is None:
-    sys.exit("error: needs the package torch: pip install -r requirements-dev.txt")
+if __name__ == "__main__":
+    explain_failed_imports()
+
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn

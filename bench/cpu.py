@@ -25,6 +25,11 @@ from dataclasses import dataclass, field
 from multiprocessing import get_context
 from typing import Literal
 
+from common.startup import explain_failed_imports
+
+if __name__ == "__main__":
+    explain_failed_imports()
+
 import numpy as np
 from tqdm import tqdm
 

@@ -13,7 +13,6 @@ the rounds of the ratio within each. A contender that fails, or has to do withou
 """
 
 import gc
-import importlib.util
 import math
 import statistics
 import sys
@@ -24,10 +23,12 @@ from functools import partial
 from itertools import pairwise
 from typing import Literal
 
-import numpy as np
+from common.startup import explain_failed_imports
 
-if __name__ == "__main__" and importlib.util.find_spec("torch") is None:
-    sys.exit("error: needs the package torch: pip install -r requirements-dev.txt")
+if __name__ == "__main__":
+    explain_failed_imports()
+
+import numpy as np
 import torch
 
 from common.cli import parse, run_program

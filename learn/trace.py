@@ -25,6 +25,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 from unittest import mock
 
+from common.startup import explain_failed_imports
+
+if __name__ == "__main__":
+    explain_failed_imports()
+
 import numpy as np
 import tyro
 

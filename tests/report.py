@@ -13,6 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from textwrap import fill
 
+from common.startup import explain_failed_imports
+
+if __name__ == "__main__":
+    explain_failed_imports()
+
 import numpy as np
 from hypothesis import settings
 
