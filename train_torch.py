@@ -36,11 +36,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common.cli import run_program
 from common.errors import UserError
-from numpygpt import GPTConfig, Params, check_batch, check_ids, param_shapes
-from torchgpt import GPT
+from numpygpt import GPTConfig, Params, check_batch, check_ids
+from torchgpt import GPT, decay_groups
 from training.batches import Batch, step_rng
 from training.config import Flags, TrainConfig
 from training.flags import parse_flags
+from training.flops import training_flops_per_token
 from training.loop import train
 from training.memory import check_memory, memory_needed
 from training.run import Run, open_run
@@ -133,17 +134,10 @@ class TorchEngine:
         at_once = min(65_536, 2**28 // model.vocab_size) // model.block_size
         self.eval_batch_size = None if on_cpu else max(1, at_once)
 
-        named = dict(self.gpt.named_parameters())
-        self.decayed = {name: param for name, param in named.items() if param.ndim >= 2}
-        self.others = {name: param for name, param in named.items() if param.ndim < 2}
-        groups = [
-            {"params": list(self.decayed.values()), "weight_decay": training.weight_decay},
-            {"params": list(self.others.values()), "weight_decay": 0.0},
-        ]
         # The rate is a tensor where the step is recorded, or the recording would keep the first step's.
         self.lr = torch.tensor(training.learning_rate, device=self.device) if flags.graph else None
         self.optimizer = torch.optim.AdamW(
-            groups,
+            decay_groups(self.gpt, training.weight_decay),
             training.learning_rate if self.lr is None else self.lr,
             betas=(training.beta1, training.beta2),
             eps=1e-8,
@@ -294,13 +288,14 @@ class TorchEngine:
 
     def load(self, weights: Params, m: Params, v: Params, t: int) -> None:
         self.gpt.load_state_dict({name: torch.from_numpy(weight) for name, weight in weights.items()})
+        names, groups = {param: name for name, param in self.gpt.named_parameters()}, self.optimizer.param_groups
         state = {
             number: {
                 "step": torch.tensor(float(t)),
                 "exp_avg": torch.from_numpy(m[name]),
                 "exp_avg_sq": torch.from_numpy(v[name]),
             }
-            for number, name in enumerate([*self.decayed, *self.others])  # as the groups count them
+            for number, name in enumerate(names[param] for group in groups for param in group["params"])
         }
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
         if self.flags.graph:
@@ -440,21 +435,12 @@ def describe(run: Run, flags: DeviceFlags, team: Team) -> None:
     print(f"device {flags.device}, {run.training.dtype}, {', '.join(modes)}")
     made = run.checkpoint.state.step if run.checkpoint else 0
     steps, tokens = run.training.max_steps - made, run.training.batch_size * run.model.block_size
-    hours = steps * tokens * flops_per_token(run.model) / 1e11 / 3600
+    hours = steps * tokens * training_flops_per_token(run.model) / 1e11 / 3600
     if flags.device == "cpu" and hours > 0.5:
         print(
             f"no GPU: {steps:,} steps of {tokens:,} tokens would take about {hours:,.0f} hours at 100 GFLOP/s, a rate "
             "that two CPU cores may reach; --preset small takes minutes"
         )
-
-
-def flops_per_token(model: GPTConfig) -> int:
-    """Floating-point operations to learn from one token: 6 for each weight of a matrix product, and attention's.
-
-    Chowdhery et al. 2022 (PaLM), appendix B; position embeddings multiply nothing and are left out.
-    """
-    weights = sum(math.prod(shape) for name, shape in param_shapes(model).items() if name != "wpe.weight")
-    return 6 * weights + 12 * model.n_layer * model.n_embd * model.block_size
 
 
 def check_gpus(team: Team) -> None:

@@ -104,11 +104,7 @@ def torch_step(config: numpygpt.GPTConfig, B: int, threads: int, compiled: bool 
     idx, targets = map(torch.from_numpy, random_batch(config, B))
     model = torchgpt.GPT(config)
     params = list(model.parameters())
-    groups = [
-        {"params": [p for p in params if p.ndim >= 2], "weight_decay": 0.1},
-        {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.99), fused=True)
+    optimizer = torch.optim.AdamW(torchgpt.decay_groups(model, 0.1), lr=LR, betas=(0.9, 0.99), fused=True)
     forward = torch.compile(model) if compiled else model
 
     def step() -> None:

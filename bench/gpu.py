@@ -36,11 +36,12 @@ from common.errors import UserError
 from data.corpus import Corpus, load_corpus
 from data.tokenizers import CharTokenizer
 from numpygpt import GPTConfig
-from torchgpt import GPT
-from train_torch import DeviceFlags, TorchEngine, first_line, flops_per_token
+from torchgpt import GPT, decay_groups
+from train_torch import DeviceFlags, TorchEngine, first_line
 from training.batches import Batches
 from training.config import PRESETS, TrainConfig, learning_rate
 from training.evaluate import evaluate
+from training.flops import training_flops_per_token
 
 # Dense bfloat16 matrix rate in FLOP/s, without sparsity, from the vendor's data sheets.
 PEAKS = {
@@ -116,9 +117,7 @@ def plain_updates(
     gpt = GPT(model, pad_vocab_to=64 if model.vocab_size > 1000 else 1, checked=False).to(device).train()
     if compiled:
         gpt = torch.compile(gpt, dynamic=False)
-    decayed = [p for p in gpt.parameters() if p.ndim >= 2]
-    groups = [{"params": decayed}, {"params": [p for p in gpt.parameters() if p.ndim < 2], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.1, fused=True)
+    optimizer = torch.optim.AdamW(decay_groups(gpt, 0.1), betas=(0.9, 0.99), fused=True)
     batches, done = Batches(tokens, model.block_size, training.batch_size, 1), 0
 
     def send(ids: np.ndarray) -> torch.Tensor:
@@ -211,7 +210,11 @@ def measure(preset: str, options: Options, corpus: Corpus) -> None:
         typical = statistics.median(seconds for _, seconds in turns)
         low, middle, high = np.percentile([base / seconds for base, seconds in turns], (25, 50, 75))
         gain = f"{middle:.2f} ({low:.2f} to {high:.2f})"
-        mfu = f"{flops_per_token(model) * tokens_per_step / typical / peak:.0%}" if peak and "bfloat16" in name else ""
+        mfu = (
+            f"{training_flops_per_token(model) * tokens_per_step / typical / peak:.0%}"
+            if peak and "bfloat16" in name
+            else ""
+        )
         print(
             f"| {preset}: {name} | {typical * 1e3:.2f} | {tokens_per_step / typical:,.0f} | {gain} | {memory} | {mfu} "
             f"| {first:.0f} |",

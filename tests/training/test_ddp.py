@@ -30,12 +30,12 @@ from train_torch import (
     Team,
     TorchEngine,
     TorchFlags,
-    flops_per_token,
     settle,
 )
 from training import memory
 from training.batches import split
 from training.config import PRESETS, RunFlags
+from training.flops import training_flops_per_token
 from training.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -496,7 +496,7 @@ def test_parts_of_a_batch_are_all_of_it() -> None:
 def test_floating_point_operations_of_the_full_model() -> None:
     """6 for each of the 10,770,816 - 256 * 384 weights that multiply, and 12 L C T for attention."""
     full = PRESETS["full"].model.gpt_config(65)
-    assert flops_per_token(full) == 6 * (10_770_816 - 98_304) + 12 * 6 * 384 * 256
+    assert training_flops_per_token(full) == 6 * (10_770_816 - 98_304) + 12 * 6 * 384 * 256
 
 
 @pytest.mark.parametrize("engine", ENGINES)
