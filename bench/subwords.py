@@ -17,7 +17,6 @@ trained again; one that was interrupted goes on.
 
 import io
 import math
-import os
 import platform
 import shlex
 import statistics
@@ -39,6 +38,7 @@ import numpy as np
 
 from bench.timing import alternate, blas_threads, ratio
 from common.cli import parse, run_program
+from common.cores import usable_cores
 from common.errors import UserError
 from common.files import write_atomically
 from data.corpus import Corpus, load_corpus
@@ -169,7 +169,7 @@ def contender_flags(options: Options, corpus: Corpus, vocab_size: int | None) ->
 def make_engine(name: str, model: GPTConfig, training: TrainConfig) -> Engine:
     """An engine with fresh weights."""
     if name == "numpy":
-        return NumpyEngine(model, training, os.cpu_count() or 1)
+        return NumpyEngine(model, training, usable_cores())
     from train_torch import DeviceFlags, TorchEngine  # here: the NumPy engine must run without PyTorch
 
     return TorchEngine(model, training, DeviceFlags("cpu", compile=False, graph=False, pad_vocab=False))
@@ -324,7 +324,7 @@ def write_page(
         "**The same characters in fewer steps** means fewer updates, each from as many tokens. The recipe is the one "
         f"that was found for characters: the same peak rate, the same {first.run.training.warmup_steps} steps of "
         "warm-up, and a decay that ends with the run.",
-        f"**Speed** is that of the {ENGINES[options.engine]} engine with {os.cpu_count()} threads on {cpu_name()}, "
+        f"**Speed** is that of the {ENGINES[options.engine]} engine with {usable_cores()} threads on {cpu_name()}, "
         f"NumPy {np.__version__}, all contenders in turn in one process, {options.rounds} rounds of them. Only the "
         "ratios count: the machine may have had other work to do, so characters per second do not compare with those "
         "of other pages. Training counts the updates alone, in float32. Generation is that of the samples below, of "
