@@ -27,6 +27,7 @@ import tyro
 
 from common.cli import parse, run_program
 from common.errors import UserError
+from data.text import check_text, normalize_text
 from data.tokenizers import Tokenizer
 from numpygpt import GPT, GPTConfig, Params, check_sampling
 from training.batches import step_rng
@@ -134,10 +135,7 @@ def read_prompt() -> str:
     """All of standard input, however long it takes. Raises UserError if it is closed, or not UTF-8."""
     if sys.stdin is None:
         raise UserError("no prompt: standard input is closed")
-    try:
-        return sys.stdin.buffer.read().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"the prompt on standard input is not UTF-8: {error.reason} at byte {error.start}") from error
+    return check_text(sys.stdin.buffer.read(), "the prompt on standard input").decode()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -179,6 +177,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse(arguments, "sample.py", argv)
     if options["prompt"] == "-":
         options["prompt"] = read_prompt()
+    elif options["prompt"] is not None:
+        options["prompt"] = normalize_text(options["prompt"])
     write_samples(**options)
     return 0
 

@@ -29,6 +29,7 @@ if __name__ == "__main__":
 import numpy as np
 
 from common.cli import run_program
+from common.cores import usable_cores
 from common.errors import UserError
 from numpygpt import GPT, AdamW, GPTConfig, Params, clip_grad_norm
 from training.batches import Batch, read_windows, step_rng
@@ -116,7 +117,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     warnings.simplefilter("ignore", RuntimeWarning)  # NumPy's of NaN and infinity, at which the engine stops anyway
     with open_run(flags, "numpy", check) as run:
-        engine = NumpyEngine(run.model, run.training, flags.run.threads or os.cpu_count())
+        threads = flags.run.threads or usable_cores()
+        print(f"computing in {threads} thread{'s' * (threads > 1)}")
+        engine = NumpyEngine(run.model, run.training, threads)
         stopped_by = train(engine, run)
     if stopped_by is not None:
         return 128 + stopped_by

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from common.cli import run_program
+from common.cores import usable_cores
 from common.errors import UserError
 from numpygpt import GPTConfig, Params, check_batch, check_ids
 from torchgpt import GPT, decay_groups
@@ -509,8 +510,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         if flags.device.device == "cuda" and team.size > 1:
             check_gpus(team)
-        if flags.run.threads is not None:
-            torch.set_num_threads(flags.run.threads)
+        # PyTorch's own number respects taskset and OMP_NUM_THREADS, but not the quota of a container.
+        torch.set_num_threads(flags.run.threads or min(torch.get_num_threads(), usable_cores()))
         torch.set_float32_matmul_precision("high" if flags.device.device == "cuda" else "highest")  # high: TF32
         be_deterministic(flags.device.deterministic)
         try:

@@ -14,7 +14,6 @@ A turn is a few steps in a row, as in training. The first is not counted: it pay
 the caches, and for its threads that still spin for more work. Of the others, the mean counts.
 """
 
-import os
 import statistics
 import sys
 import time
@@ -36,6 +35,7 @@ from tqdm import tqdm
 import numpygpt
 from bench.timing import alternate, blas_threads, high_water, ratio, seconds
 from common.cli import parse, run_program
+from common.cores import usable_cores
 from training.parallel import loss_and_grads_in_parts, tune_process
 
 # Vocabulary and sizes of the presets, without dropout: torch's eager attention leaves its fast path when it drops.
@@ -55,7 +55,7 @@ class Options:
     """what to measure; by default training with small and full, and generation with full"""
     rounds: int = 15
     """rounds, each of which runs every contender once"""
-    threads: int = field(default_factory=lambda: os.cpu_count() or 1)
+    threads: int = field(default_factory=usable_cores)
     """threads for every contender"""
     compile: bool = True
     """also measure training with torch.compile, which first compiles for up to a minute a preset"""

@@ -16,7 +16,6 @@ trained again; one that was interrupted goes on.
 """
 
 import math
-import os
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -34,6 +33,7 @@ import numpy as np
 
 from bench.timing import alternate, blas_threads, ratio
 from common.cli import parse, run_program
+from common.cores import usable_cores
 from common.errors import UserError
 from common.files import write_figure
 from data.corpus import Corpus, load_corpus
@@ -164,7 +164,7 @@ def contender_flags(options: Options, corpus: Corpus, vocab_size: int | None) ->
 def make_engine(name: str, model: GPTConfig, training: TrainConfig) -> Engine:
     """An engine with fresh weights."""
     if name == "numpy":
-        return NumpyEngine(model, training, os.cpu_count() or 1)
+        return NumpyEngine(model, training, usable_cores())
     from train_torch import DeviceFlags, TorchEngine  # here: the NumPy engine must run without PyTorch
 
     return TorchEngine(model, training, DeviceFlags("cpu", compile=False, graph=False, pad_vocab=False))

@@ -81,8 +81,9 @@ def is_rule(line: str) -> bool:
 def run_program(main: Callable[[], int]) -> int:
     """main()'s exit status; or 1 and one line on stderr, if something went wrong that the user can mend."""
     status, message = 1, None
-    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":  # None where there is no console
-        sys.stdout.reconfigure(errors="backslashreplace")  # a text may have characters that a terminal has not
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # None where there is no console
+            stream.reconfigure(errors="backslashreplace")  # a text may have characters that a terminal does not
     try:
         return run_and_flush(main)
     except UserError as error:

@@ -37,6 +37,7 @@ from common.cli import parse, run_program
 from common.errors import UserError
 from common.files import write_atomically
 from data.corpus import Corpus, load_corpus
+from data.text import normalize_text
 from data.tokenizers import Tokenizer
 from learn.trace import Trace, trace_numpy
 from numpygpt import GPT, AdamW, GPTConfig, Params, clip_grad_norm
@@ -101,7 +102,7 @@ def load_subject(run: Path, prompt: str | None) -> Subject:
     corpus = own_corpus(settings)
     longest = min(config.block_size, MAX_PROMPT)
     if prompt is not None:
-        ids = tokenizer.encode(prompt).astype(np.int64)
+        ids = tokenizer.encode(normalize_text(prompt)).astype(np.int64)
     elif corpus is not None:
         ids = tokenizer.encode(corpus.val_text[: 4 * longest]).astype(np.int64)[: longest + 1]
     else:

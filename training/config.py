@@ -116,7 +116,7 @@ class RunFlags:
     run_dir: str | None = None  # folder to keep the run in; None: runs/<engine>-<preset>
     overwrite: bool = False  # replace the run that is in the folder
     resume: str | None = None  # go on with the run in this folder; its configuration takes the place of the preset
-    threads: int | None = None  # CPU threads; None: as many as there are cores
+    threads: int | None = None  # CPU threads; None: as many as the cores that this process may use
 
     def __post_init__(self) -> None:
         """Raises ValueError that names the field."""

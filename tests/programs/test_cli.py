@@ -163,6 +163,27 @@ def test_what_a_terminal_cannot_show_is_written_as_its_number(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
+    "env",
+    [
+        *({"PYTHONIOENCODING": f"ascii:{errors}"} for errors in ("strict", "surrogateescape", "surrogatepass")),
+        {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+        {"PYTHONIOENCODING": "utf-8:strict"},
+    ],
+    ids=str,
+)
+def test_escapes_whatever_the_streams_error_handler_is(env: dict[str, str]) -> None:
+    """On both streams; half of a surrogate pair is what no encoding can write."""
+    code = (
+        "import sys; from common.cli import run_program\ndef main():\n for stream in (sys.stdout, sys.stderr):\n"
+        "  print('\\u03b1\\ud800', file=stream)\n return 0\nsys.exit(run_program(main))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | env, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    alpha = "\u03b1".encode() if "utf-8" in str(env) else b"\\u03b1"
+    assert done.stdout.splitlines() == done.stderr.splitlines() == [alpha + b"\\ud800"]
+
+
+@pytest.mark.parametrize(
     ("argv", "hint"),
     [
         (["--prompt", "-x y"], "If '-x y' is the value, write --prompt='-x y' (see"),

@@ -94,6 +94,20 @@ def test_the_prompt_may_come_through_a_pipe(run_dir: Path) -> None:
         assert process.stdout.read() == given.stdout
 
 
+@pytest.mark.parametrize("prompt", ["Alaric:\r\n", "\ufeffAlaric:\n", "\ufeffAlaric:\r\n"])
+def test_a_prompt_from_windows_is_the_same_prompt(run_dir: Path, prompt: str, capsys: pytest.CaptureFixture) -> None:
+    options = ["--max-new-tokens", 20]
+    plain = sampled(run_dir, "--prompt", "Alaric:\n", *options, capsys=capsys)
+    assert sampled(run_dir, "--prompt", prompt, *options, capsys=capsys) == plain
+    piped = subprocess.run(
+        [sys.executable, ROOT / "sample.py", run_dir, "--prompt", "-", *map(str, options)],
+        input=prompt.encode(),
+        capture_output=True,
+        timeout=60,
+    )
+    assert piped.stdout.decode() == plain, piped.stderr
+
+
 def test_standard_input_is_read_only_when_asked(run_dir: Path) -> None:
     """A failure: started by another program that left a pipe open, it waits for ever, or depends on who is quicker."""
     free = command("sample.py", run_dir, "--max-new-tokens", 20)
