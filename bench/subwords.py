@@ -7,12 +7,12 @@
 The last one is a quick look, in a minute. Its runs have a folder of their own.
 
 What is equal: the layers, the recipe, and the characters of training text that are learned from, so that longer tokens
-mean fewer steps. What follows from the tokenizer: the vocabulary, hence the embedding's parameters, and how many
-characters a window of block_size tokens spans. Losses per token say nothing across tokenizers; the yardstick is bits
-per character on the whole validation split.
+mean fewer steps. What follows from the tokenizer: the vocabulary, so the number of embedding parameters, and how many
+characters a window of block_size tokens spans. Losses per token cannot be compared across tokenizers. What counts is
+bits per character on the whole validation split.
 
 The runs are kept under --run-dir, and each is an ordinary run: sample.py reads it. One that is there already is not
-trained again; one that was interrupted goes on.
+trained again; one that was interrupted is resumed.
 """
 
 import math
@@ -253,7 +253,7 @@ def measure_generation(engine: str, results: Sequence[Result], rounds: int) -> t
 
 
 def speeds(seconds_per_char: Sequence[np.ndarray]) -> list[Speed]:
-    """From the seconds per character of each contender in each round. The first contender is the yardstick."""
+    """From the seconds per character of each contender in each round. They are compared with the first contender."""
     chars = seconds_per_char[0]
     return [
         Speed(1 / statistics.median(own), statistics.median(chars / own), ratio(chars, own)) for own in seconds_per_char

@@ -58,7 +58,7 @@ def ratio(numerator: np.ndarray, denominator: np.ndarray) -> str:
 def high_water() -> float:
     """The most memory that this process has had, in MB of 1e6 bytes. Raises UserError where the system does not tell.
 
-    It never falls: whoever measures one thing starts a process for it.
+    It never falls, so each thing that is measured needs a process of its own.
     """
     status = Path("/proc/self/status")
     if status.exists():  # Linux, where ru_maxrss starts at the parent's
