@@ -1,9 +1,9 @@
 """How fast is plain NumPy? Measures training steps and generation of both engines on this machine's CPU.
 
-    python bench/cpu.py                     training steps of small and full, and generation: docs/benchmarks.md
-    python bench/cpu.py --preset small      one of them only
-    python bench/cpu.py --preset gpt2       GPT-2 124M writing, beside torchgpt and transformers: docs/ecosystem.md
-    python bench/cpu.py --profile           where the NumPy step's time goes, operation by operation
+    python -m bench.cpu                     training steps of small and full, and generation: docs/benchmarks.md
+    python -m bench.cpu --preset small      one of them only
+    python -m bench.cpu --preset gpt2       GPT-2 124M writing, beside torchgpt and transformers: docs/ecosystem.md
+    python -m bench.cpu --profile           where the NumPy step's time goes, operation by operation
 
 A step is forward, backward, clipping and AdamW in float32, on random tokens. All contenders run in one process with
 the same number of threads, in turn, round after round; a ratio is the median over the rounds of the ratio within each,
@@ -14,27 +14,28 @@ A turn is a few steps in a row, as in training. The first is not counted: it pay
 the caches, and for its threads that still spin for more work. Of the others, the mean counts.
 """
 
-import os
 import statistics
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Literal
+
+from common.startup import explain_failed_imports
+
+if __name__ == "__main__":
+    explain_failed_imports()
 
 import numpy as np
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import numpygpt
-from data import UserError
-from training.command import parse, run_program
+from bench.timing import alternate, blas_threads, high_water, ratio, seconds
+from common.cli import parse, run_program
+from common.cores import usable_cores
 from training.parallel import loss_and_grads_in_parts, tune_process
 
 # Vocabulary and sizes of the presets, without dropout: torch's eager attention leaves its fast path when it drops.
@@ -54,7 +55,7 @@ class Options:
     """what to measure; by default training with small and full, and generation with full"""
     rounds: int = 15
     """rounds, each of which runs every contender once"""
-    threads: int = field(default_factory=lambda: os.cpu_count() or 1)
+    threads: int = field(default_factory=usable_cores)
     """threads for every contender"""
     compile: bool = True
     """also measure training with torch.compile, which first compiles for up to a minute a preset"""
@@ -103,11 +104,7 @@ def torch_step(config: numpygpt.GPTConfig, B: int, threads: int, compiled: bool 
     idx, targets = map(torch.from_numpy, random_batch(config, B))
     model = torchgpt.GPT(config)
     params = list(model.parameters())
-    groups = [
-        {"params": [p for p in params if p.ndim >= 2], "weight_decay": 0.1},
-        {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.99), fused=True)
+    optimizer = torch.optim.AdamW(torchgpt.decay_groups(model, 0.1), lr=LR, betas=(0.9, 0.99), fused=True)
     forward = torch.compile(model) if compiled else model
 
     def step() -> None:
@@ -171,61 +168,6 @@ def floor_step(config: numpygpt.GPTConfig, B: int, threads: int) -> Callable[[],
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Measuring
-
-
-@contextmanager
-def blas_threads(n: int) -> Iterator[None]:
-    """NumPy's BLAS with n threads. PyTorch's threads are its own."""
-    from threadpoolctl import threadpool_limits  # here: without it, run_program says what to do
-
-    with threadpool_limits(n, user_api="blas"):
-        yield
-
-
-def seconds(function: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
-
-
-def alternate(
-    contenders: dict[str, Callable[[], object]], rounds: int, calls: int = 1, uncounted: int = 0
-) -> dict[str, np.ndarray]:
-    """Seconds of a call of each contender in each round, (rounds,): in a round each has one turn.
-
-    A turn is so many calls that are not counted, and then so many that are. Two rounds before warm up.
-    """
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for i in tqdm(range(rounds + 2), desc="rounds", leave=False, disable=None):
-        for name, function in contenders.items():
-            for _ in range(uncounted):
-                function()
-            elapsed = seconds(lambda function=function: [function() for _ in range(calls)]) / calls
-            if i >= 2:
-                times[name].append(elapsed)
-    return {name: np.array(values) for name, values in times.items()}
-
-
-def ratio(numerator: np.ndarray, denominator: np.ndarray) -> str:
-    """Median over the rounds of their quotient, with its quartiles."""
-    low, middle, high = np.percentile(numerator / denominator, (25, 50, 75))
-    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
-
-
-def high_water() -> float:
-    """The most memory that this process has had, in MB of 1e6 bytes. Raises UserError where the system does not tell.
-
-    It never falls: whoever measures one thing starts a process for it.
-    """
-    status = Path("/proc/self/status")
-    if status.exists():  # Linux, where ru_maxrss starts at the parent's
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024 / 1e6
-    try:
-        import resource
-    except ImportError as error:  # Windows
-        raise UserError("this bench measures memory too, which it can on Linux and macOS only") from error
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
 def peak_memory(engine: str, config: numpygpt.GPTConfig, B: int, threads: int, steps: int = 5) -> float:
@@ -384,7 +326,7 @@ def profile(preset: str, threads: int, steps: int = 30) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    options = parse(Options, "bench/cpu.py", argv)
+    options = parse(Options, "python -m bench.cpu", argv)
     if not options.profile:
         high_water()  # where it cannot be told, better now than when all else is measured
     print(f"NumPy {np.__version__}, {options.threads} threads, {options.rounds} rounds")

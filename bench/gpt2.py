@@ -1,13 +1,12 @@
 """GPT-2 124M on this machine's CPU: numpygpt, torchgpt and Hugging Face's transformers, in turn, in one process.
 
-Run by `python bench/cpu.py --preset gpt2`. The weights are random, which costs what trained ones cost; each contender
+Run by `python -m bench.cpu --preset gpt2`. The weights are random, which costs what trained ones cost; each contender
 reads them from its own files, float32, and continues one text greedily with its key/value cache. Memory is measured in
 a process each, from before the weights are loaded to after some tokens are written.
 """
 
 import math
 import statistics
-import sys
 import tempfile
 from collections.abc import Callable
 from multiprocessing import get_context
@@ -16,14 +15,11 @@ from pathlib import Path
 import numpy as np
 
 import numpygpt
-from bench.cpu import alternate, blas_threads, high_water, ratio
+from bench.timing import alternate, blas_threads, high_water, ratio
 from data.tokenizers import CharTokenizer
 from tools.export import write_run
 from tools.hf import write_hf
 from training.run import load_run
-
-# `python bench/cpu.py` puts its own folder first, where transformers would take bench/tokenizers.py for the library.
-sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
 
 CONFIG = numpygpt.GPTConfig(50257, 1024, n_layer=12, n_head=12, n_embd=768, dropout=0.0)
 PROMPT, NEW = 256, 32  # tokens
@@ -39,7 +35,7 @@ def write_models(folder: Path, config: numpygpt.GPTConfig) -> None:
         draw = rng.standard_normal(shape, np.float32)
         draw *= 0.02
         params[name] = draw + np.float32(len(shape) == 1 and name.endswith("weight"))  # gains are about 1
-    tokenizer = CharTokenizer("\n")  # nobody writes or reads a text
+    tokenizer = CharTokenizer("\n")  # no text is written or read
     write_run(folder / "run", config, params, tokenizer)
     (folder / "hf").mkdir()
     write_hf(folder / "hf", config, params, tokenizer)

@@ -14,11 +14,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.startup import explain_failed_imports
+
+if __name__ == "__main__":
+    explain_failed_imports()
+
 import numpy as np
 import tyro
 
-from data import UserError, write_atomically
-from training.command import parse, run_program
+from common.cli import parse, run_program
+from common.errors import UserError
+from common.files import write_atomically
 from training.metrics import read_metrics
 
 

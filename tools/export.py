@@ -17,20 +17,27 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Annotated
+
+from common.startup import explain_failed_imports
+
+if __name__ == "__main__":
+    explain_failed_imports()
 
 import numpy as np
 import tyro
 
-from data import UserError
+from common.cli import parse, run_program
+from common.errors import UserError
+from common.files import new_file, sync_folder, write_new
+from common.tensors import write_tensors
 from data.tokenizers import Tokenizer, save
-from numpygpt import GPTConfig, Params, param_shapes
-from training.checkpoint import MODEL, OPTIMIZER, STATE, TOKENIZER, State, sha256, state_json, sync_folder, write_file
-from training.command import parse, run_program
+from numpygpt import GPTConfig, Params
+from tools.sizes import info, num_params
+from training.checkpoint import MODEL, OPTIMIZER, STATE, TOKENIZER, State, sha256, state_json
 from training.config import TrainConfig
-from training.run import NO_CORPUS, RunConfig, load_run, read_config, write_config
+from training.run import NO_CORPUS, RunConfig, load_run, write_config
 
 RunFolder = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
 
@@ -99,8 +106,6 @@ def write_run(folder: Path, config: GPTConfig, params: Params, tokenizer: Tokeni
     There is no best/: nothing has been measured. The recipe is one for fine-tuning, a rate low and constant; the
     trainers' --resume takes it, with whatever text is to be learned from.
     """
-    from tools.hf import write_tensors
-
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(f"the tokenizer has {tokenizer.vocab_size} tokens, more than the model's {config.vocab_size}")
     recipe = TrainConfig(
@@ -123,9 +128,11 @@ def write_run(folder: Path, config: GPTConfig, params: Params, tokenizer: Tokeni
         last = new / "last"
         last.mkdir()
         hashes = {TOKENIZER: sha256((new / TOKENIZER).read_bytes())}
-        hashes[MODEL] = write_tensors(last / MODEL, params)
-        hashes[OPTIMIZER] = write_tensors(last / OPTIMIZER, moments)
-        write_file(last / STATE, state_json(state, config, hashes))
+        for file, arrays in ((MODEL, params), (OPTIMIZER, moments)):
+            with new_file(last / file) as opened:
+                write_tensors(opened, arrays, {})
+            hashes[file] = sha256((last / file).read_bytes())
+        write_new(last / STATE, state_json(state, config, hashes))
         sync_folder(last)
         write_config(new, RunConfig("numpy", "gpt2", NO_CORPUS, config, recipe, []))
         put_in_place(new, folder)
@@ -263,92 +270,6 @@ def to_onnx(run: Path, file: Path) -> None:
         print("not compared with NumPy's logits: onnxruntime is not installed")
     else:
         print(f"onnxruntime: logits within {apart:.1e} of NumPy's, relative to the largest")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Sizes
-
-
-def num_params(config: GPTConfig) -> int:
-    return sum(map(prod, param_shapes(config).values()))
-
-
-KINDS = {  # a part of the name -> what it is, and the usual estimate of how many parameters
-    "wte.": ("token embedding, also the head", "V C", lambda c: c.vocab_size * c.n_embd),
-    "wpe.": ("position embedding", "T C", lambda c: c.block_size * c.n_embd),
-    ".attn.": ("attention", "4 L C^2", lambda c: 4 * c.n_layer * c.n_embd**2),
-    ".mlp.": ("MLP", "8 L C^2", lambda c: 8 * c.n_layer * c.n_embd**2),
-    "ln_": ("norms", "", lambda c: 0),
-}
-
-
-def count_kinds(config: GPTConfig) -> dict[str, tuple[int, str, int]]:
-    """{kind: (exact number of parameters, the estimate's formula, the estimate)}."""
-    counts = {}
-    for part, (kind, formula, estimate) in KINDS.items():
-        exact = sum(prod(shape) for name, shape in param_shapes(config).items() if part in name)
-        counts[kind] = exact, formula, estimate(config)
-    return counts
-
-
-def flops_per_token(config: GPTConfig) -> float:
-    """Floating-point operations of the forward pass' matrix products, a token, on average over a full window.
-
-    A product with a matrix of n entries is n multiplications and n additions. The lookups are none. A token at place t
-    attends to t + 1 tokens, with C multiplications and additions each for the scores, and as many for the values. The
-    backward pass has twice as many. The usual estimate (Chowdhery et al. 2022, appendix B) takes all parameters for
-    entries of matrices, and has every token attend to the whole window.
-    """
-    matrices = sum(prod(shape) for name, shape in param_shapes(config).items() if len(shape) == 2 and "wpe" not in name)
-    attended = (config.block_size + 1) / 2
-    return 2 * matrices + config.n_layer * 4 * config.n_embd * attended
-
-
-def info(run: Path) -> None:
-    """Print the tables of a run's model."""
-    settings = read_config(run)
-    config = settings.model
-    dtype = np.dtype(np.float64 if settings.training.dtype == "float64" else np.float32)
-    N, counts = num_params(config), count_kinds(config)
-    print(
-        f"{run}: L {config.n_layer}, nh {config.n_head}, C {config.n_embd}, T {config.block_size}, "
-        f"V {config.vocab_size}, {'with' if config.bias else 'no'} biases"
-    )
-    estimate = sum(guess for _, _, guess in counts.values())
-    rows = [(kind, f"{n:,}", f"{n / N:.1%}", f"{guess:,}", formula) for kind, (n, formula, guess) in counts.items()]
-    rows.append(("all", f"{N:,}", "100.0%", f"{estimate:,}", f"{estimate / N - 1:+.2%}"))
-    print_table(("parameters", "exact", "share", "estimate", ""), rows)
-
-    kept = 2 * config.n_layer * config.n_embd * dtype.itemsize
-    memory = [
-        ("weights", millions(N * dtype.itemsize)),
-        ("to train: also gradients, m and v", millions(4 * N * dtype.itemsize)),
-        ("keys and values of a full window", millions(config.block_size * kept)),
-    ]
-    print_table((f"memory, {dtype.name}", "MB"), memory)
-
-    forward, estimate = flops_per_token(config), 2 * N + 4 * config.n_layer * config.n_embd * config.block_size
-    flops = [
-        ("forward", millions(forward), millions(estimate), "2 N + 4 L C T"),
-        ("forward and backward", millions(3 * forward), millions(3 * estimate), "6 N + 12 L C T"),
-    ]
-    print_table(("MFLOP per token", "exact", "estimate", ""), flops)
-
-
-def millions(n: float) -> str:
-    return f"{n / 1e6:,.2f}"
-
-
-def print_table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-    """A table in columns: the first and a last without a title to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    print()
-    for row in (head, *rows):
-        cells = [
-            cell.ljust(width) if i == 0 or not head[i] else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        print("  ".join(cells).rstrip())
 
 
 def main(argv: Sequence[str] | None = None) -> int:

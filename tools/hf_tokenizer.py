@@ -7,21 +7,11 @@ with other ids, another splitter, or a normalizer is refused by name.
 
 from pathlib import Path
 
-from data import UserError, read_bytes
-from data.tokenizers import (
-    END_OF_TEXT,
-    BPETokenizer,
-    CharTokenizer,
-    Tokenizer,
-    gpt2_byte_order,
-    gpt2_tokenizer,
-    load,
-    load_merges,
-    shorten,
-)
-from training.checkpoint import parse_json
-
-__all__ = ["from_hf", "read_tokenizer", "to_hf"]
+from common.errors import UserError, shorten
+from common.files import read_json
+from data.bpe import BPETokenizer
+from data.gpt2_bpe import END_OF_TEXT, gpt2_byte_order, gpt2_tokenizer, load_merges
+from data.tokenizers import CharTokenizer, Tokenizer, load
 
 TOKENIZER, MERGES, VOCAB = "tokenizer.json", "merges.txt", "vocab.json"
 MAX_BYTES = 32 << 20
@@ -84,17 +74,17 @@ def read_tokenizer(source: Path, named: str | None) -> Tokenizer:
         path = Path(named)
         if path.suffix != ".json":
             return load_merges(path)
-        fields = parse_json(path, read_bytes(path, "a tokenizer.json", max_bytes=MAX_BYTES))
+        fields = read_json(path, "a tokenizer.json", max_bytes=MAX_BYTES)
         return load(path) if "kind" in fields else from_hf(fields, path)
     folder = source if source.is_dir() else source.parent
     path, merges = folder / TOKENIZER, folder / MERGES
     if path.exists():
-        fields = parse_json(path, read_bytes(path, "a tokenizer.json", max_bytes=MAX_BYTES))
+        fields = read_json(path, "a tokenizer.json", max_bytes=MAX_BYTES)
         return from_hf(fields, path)
     if merges.exists():
         tokenizer = load_merges(merges)
         path = folder / VOCAB
-        ids = parse_json(path, read_bytes(path, f"the ids of {MERGES}", max_bytes=MAX_BYTES))
+        ids = read_json(path, f"the ids of {MERGES}", max_bytes=MAX_BYTES)
         if ids != to_hf(tokenizer)["model"]["vocab"]:
             raise UserError(f"{path}: its ids are not the 256 bytes, the merges of {MERGES}, and {END_OF_TEXT}")
         return tokenizer

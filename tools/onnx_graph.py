@@ -8,20 +8,20 @@ only. B and T are free; T beyond block_size fails, as there is no such position.
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import DTypeLike
 
-from data import UserError
+from common.errors import UserError
+from common.files import write_new
 from numpygpt import GPT, GPTConfig, Params
-from training.checkpoint import write_file
 
 try:
     import onnx
     from onnx import TensorProto, helper, numpy_helper
 except ImportError as error:
     raise UserError("ONNX needs the package onnx: pip install onnx onnxruntime") from error
-
-__all__ = ["OPSET", "TOLERANCE", "build", "compare", "write_onnx"]
 
 OPSET = 20  # the first with Gelu; LayerNormalization came with 17
 IR_VERSION = 9  # what runtimes of that opset read
@@ -36,12 +36,12 @@ class Graph:
         self.nodes: list[onnx.NodeProto] = []
         self.constants: dict[str, np.ndarray] = {}
 
-    def add(self, output: str, op: str, *inputs: str, **attributes: object) -> str:
+    def add(self, output: str, op: str, *inputs: str, **attributes: Any) -> str:
         """One more node -> the name of its output, which is the node's as well."""
         self.nodes.append(helper.make_node(op, inputs, [output], name=output, **attributes))
         return output
 
-    def constant(self, name: str, value: object, dtype: type = np.int64) -> str:
+    def constant(self, name: str, value: object, dtype: DTypeLike = np.int64) -> str:
         self.constants[name] = np.array(value, dtype)
         return name
 
@@ -124,7 +124,7 @@ def write_onnx(file: Path, config: GPTConfig, params: Params) -> None:
         graph.initializer.extend(numpy_helper.from_array(param, name) for name, param in params.items())
     opset = helper.make_opsetid("", OPSET)
     model = helper.make_model(graph, opset_imports=[opset], ir_version=IR_VERSION, producer_name="reference-gpt")
-    write_file(file, model.SerializeToString())
+    write_new(file, model.SerializeToString())
     onnx.checker.check_model(str(file), full_check=True)
 
 
@@ -134,7 +134,7 @@ def write_beside(path: Path, params: Params) -> Iterator[TensorProto]:
         for name, param in params.items():
             data.seek(-data.tell() % 4096, os.SEEK_CUR)
             place = {"location": path.name, "offset": str(data.tell()), "length": str(param.nbytes)}
-            data.write(np.ascontiguousarray(param))
+            data.write(np.ascontiguousarray(param).data)
             tensor = TensorProto(name=name, dims=param.shape, data_type=helper.np_dtype_to_tensor_dtype(param.dtype))
             tensor.data_location = TensorProto.EXTERNAL
             for key, value in place.items():

@@ -11,7 +11,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from data import UserError
+from common.errors import UserError
 
 __all__ = ["Batches", "step_rng"]
 

@@ -2,8 +2,8 @@
 
 A checkpoint is a folder, last/ or best/, of three files that belong together:
 
-    model.safetensors        the weights; in best/ their running average, if the run keeps one: what was evaluated
-    optimizer.safetensors    AdamW's moments, m.<name> and v.<name>; and that average, ema.<name>
+    model.safetensors        the weights
+    optimizer.safetensors    AdamW's moments, m.<name> and v.<name>
     state.json               the step and what else a run goes on with; the model's sizes; the SHA-256 of its other
                              files, of the run's tokenizer.json, and of itself
 
@@ -34,25 +34,11 @@ from typing import TypeVar
 
 import numpy as np
 
-from data import UserError, read_bytes
-from data.tokenizers import shorten, unique_names
+from common.errors import UserError, shorten
+from common.files import parse_json, read_bytes, read_json, sync_folder, write_new
 from numpygpt import GPTConfig, Params, param_shapes
 
-__all__ = [
-    "Checkpoint",
-    "State",
-    "build",
-    "load_checkpoint",
-    "load_weights",
-    "locate",
-    "read_json",
-    "recover",
-    "save_checkpoint",
-    "save_checkpoints",
-]
-
 MODEL, OPTIMIZER, STATE, TOKENIZER = "model.safetensors", "optimizer.safetensors", "state.json", "tokenizer.json"
-MAX_JSON_BYTES = 1 << 20
 MAX_HEADER_BYTES = 8 << 20  # of a safetensors file: names, shapes and offsets of some 50,000 tensors
 DTYPES = {"F32": np.float32, "F64": np.float64}
 
@@ -95,7 +81,6 @@ class Checkpoint:
     m: Params
     v: Params
     state: State
-    average: Params | None = None  # of the weights, if the run keeps it
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -115,19 +100,17 @@ def save_checkpoints(run: Path, names: Sequence[str], checkpoint: Checkpoint, co
     """save_checkpoint for each name in turn, with what they have in common made ready once."""
     from safetensors.numpy import save  # here: it takes longer to load than --help may take
 
-    kinds = {"m": checkpoint.m, "v": checkpoint.v, "ema": checkpoint.average or {}}
+    kinds = {"m": checkpoint.m, "v": checkpoint.v}
     moments = {f"{kind}.{name}": array for kind, arrays in kinds.items() for name, array in arrays.items()}
     for tensor, array in (checkpoint.weights | moments).items():
         if not np.isfinite(array).all():
             raise ValueError(f"not finite: {tensor}")
-    content = {OPTIMIZER: save(moments)}
-    hashes = {OPTIMIZER: sha256(content[OPTIMIZER]), TOKENIZER: sha256((run / TOKENIZER).read_bytes())}
+    content = {OPTIMIZER: save(moments), MODEL: save(checkpoint.weights)}
+    hashes = {file: sha256(data) for file, data in content.items()} | {
+        TOKENIZER: sha256((run / TOKENIZER).read_bytes())
+    }
+    content[STATE] = state_json(checkpoint.state, config, hashes)
     for name in names:
-        if MODEL not in content or checkpoint.average is not None:
-            averaged = name == "best" and checkpoint.average is not None
-            content[MODEL] = save(checkpoint.average if averaged else checkpoint.weights)
-            hashes[MODEL] = sha256(content[MODEL])
-        content[STATE] = state_json(checkpoint.state, config, hashes)
         put_in_place(run, name, content)
 
 
@@ -144,7 +127,7 @@ def put_in_place(run: Path, name: str, content: dict[str, bytes]) -> None:
         remove(new)
         os.mkdir(new)
         for file, data in content.items():
-            write_file(new / file, data)
+            write_new(new / file, data)
         sync_folder(new)
         if (run / name).exists():
             os.rename(run / name, old)
@@ -165,24 +148,6 @@ def recover(run: Path, name: str) -> None:
         sync_folder(run)
     remove(new)
     remove(old)
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """A new file, on the disk when this returns. Raises OSError."""
-    with open(path, "xb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Return once the names in the folder are on the disk. Windows has no way to say so, and needs none."""
-    if hasattr(os, "O_DIRECTORY"):
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def remove(folder: Path) -> None:
@@ -218,15 +183,13 @@ def load_checkpoint(folder: Path, config: GPTConfig, dtype: type) -> Checkpoint:
     shapes = param_shapes(config)
     weights = read_tensors(folder / MODEL, shapes, hashes[MODEL], dtype)
     moment_shapes = {f"{moment}.{name}": shape for moment in "mv" for name, shape in shapes.items()}
-    average_shapes = {f"ema.{name}": shape for name, shape in shapes.items()}
-    moments = read_tensors(folder / OPTIMIZER, moment_shapes, hashes[OPTIMIZER], dtype, optional=average_shapes)
+    moments = read_tensors(folder / OPTIMIZER, moment_shapes, hashes[OPTIMIZER], dtype)
     m = {name: moments[f"m.{name}"] for name in shapes}
     v = {name: moments[f"v.{name}"] for name in shapes}
-    average = {name: moments[f"ema.{name}"] for name in shapes} if len(moments) > len(moment_shapes) else None
     for name, second_moment in v.items():
         if (second_moment < 0).any():
             raise UserError(f"{folder / OPTIMIZER}: v.{name} has negative entries, which no mean of squares has")
-    return Checkpoint(weights, m, v, state, average)
+    return Checkpoint(weights, m, v, state)
 
 
 def load_weights(folder: Path, config: GPTConfig) -> Params:
@@ -241,7 +204,7 @@ def load_weights(folder: Path, config: GPTConfig) -> Params:
 def load_state(folder: Path, config: GPTConfig) -> tuple[State, dict[str, str]]:
     """The state of a checkpoint, and the SHA-256 that each of its files must have. Raises UserError."""
     path = folder / STATE
-    content = read_json(path)
+    content = read_json(path, "the state of a checkpoint")
     own_hash = content.pop("sha256", None)
     if own_hash != sha256(canonical(content)):
         raise UserError(f"{path}: its content does not have its own sha256; the file is damaged")
@@ -265,13 +228,11 @@ def read_tensors(
     expected_hash: str,
     dtype: type | None,
     *,
-    optional: Shapes | None = None,
     mapped: bool = False,
 ) -> Params:
     """The tensors of a safetensors file that must have exactly these names and shapes, all of one dtype.
 
     dtype: the one they must have, or None for float32 or float64
-    optional: more of them, which may be there, all or none
     mapped: leave them in the file, as read-only arrays, in place of copying them
 
     Raises UserError that names the file and the tensor.
@@ -279,12 +240,9 @@ def read_tensors(
     from safetensors import SafetensorError, safe_open
     from safetensors.numpy import load
 
-    optional = optional or {}
-    needed = sum(math.prod(shape) for shape in (shapes | optional).values()) * 8 + MAX_HEADER_BYTES
+    needed = sum(math.prod(shape) for shape in shapes.values()) * 8 + MAX_HEADER_BYTES
     content = read_measured(path, "the tensors of this model", needed, mapped)
     header = read_header(path, content)
-    if optional.keys() & header.keys():
-        shapes = shapes | optional
     for name in [*shapes, *header]:
         if name not in header or name not in shapes:
             raise UserError(f"{path}: tensor {shorten(name)} is {'missing' if name in shapes else 'not of this model'}")
@@ -324,7 +282,7 @@ def read_header(path: Path, content: bytes | mmap.mmap) -> dict[str, dict]:
         raise UserError(f"{path}: is cut short: {len(content):,} bytes, with a header of {length:,}")
     if length > MAX_HEADER_BYTES:
         raise UserError(f"{path}: its header has {length:,} bytes, more than {MAX_HEADER_BYTES:,}")
-    header = parse_json(path, content[8 : 8 + length])
+    header = parse_json(content[8 : 8 + length], str(path))
     header.pop("__metadata__", None)
     for name, entry in header.items():
         if type(entry) is not dict:
@@ -338,11 +296,6 @@ def check_hash(path: Path, content: bytes | mmap.mmap, expected: str) -> None:
         raise UserError(f"{path}: its SHA-256 is not the one in {STATE}; the file is damaged, or of another checkpoint")
 
 
-def read_json(path: Path) -> dict:
-    """The object in a JSON file. Raises UserError if there is no file, or anything else in it."""
-    return parse_json(path, read_measured(path, "a JSON file of a run", MAX_JSON_BYTES))
-
-
 def read_measured(path: Path, expected: str, max_bytes: int, mapped: bool = False) -> bytes | mmap.mmap:
     """All bytes of a regular file, measured before anything is allocated for them, or mapped. Raises UserError."""
     size = path.stat().st_size if path.is_file() else 0
@@ -352,24 +305,6 @@ def read_measured(path: Path, expected: str, max_bytes: int, mapped: bool = Fals
         with path.open("rb") as file:
             return mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
     return read_bytes(path, expected, max_bytes=size)
-
-
-def parse_json(path: Path, content: bytes) -> dict:
-    """Raises UserError for whatever is no JSON object, nested too deeply, ambiguous, or not a finite number."""
-    try:
-        value = json.loads(content.decode("utf-8"), object_pairs_hook=unique_names, parse_constant=refuse_constant)
-    except RecursionError as error:
-        raise UserError(f"{path}: nested too deeply") from error
-    except ValueError as error:  # also JSONDecodeError, UnicodeDecodeError, UserError
-        raise UserError(f"{path}: {error}") from error
-    if type(value) is not dict:
-        raise UserError(f"{path}: expected an object, got {shorten(value)}")
-    return value
-
-
-def refuse_constant(name: str) -> None:
-    """Python's json reads NaN and Infinity, which are no JSON."""
-    raise ValueError(f"{name} is not a number")
 
 
 def build(kind: type[T], values: object, path: Path) -> T:

@@ -21,7 +21,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from data import UserError, write_atomically
+from common.errors import UserError
+from common.files import write_atomically
 from training.checkpoint import read_measured
 
 __all__ = ["MetricsWriter", "draw_losses", "read_metrics", "trim_metrics"]

@@ -20,8 +20,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from data import UserError, write_atomically
-from data.tokenizers import Tokenizer, cut, get_tokenizer, load, save, shorten
+from common.errors import UserError, shorten
+from common.files import read_json, write_atomically
+from data.bpe import cut
+from data.tokenizers import Tokenizer, get_tokenizer, load, save
 from numpygpt import GPTConfig, Params
 from training.batches import Batches
 from training.checkpoint import (
@@ -31,7 +33,6 @@ from training.checkpoint import (
     load_checkpoint,
     load_weights,
     locate,
-    read_json,
     recover,
     remove,
     save_checkpoint,
@@ -250,17 +251,14 @@ def read_config(folder: Path) -> RunConfig:
     path = folder / CONFIG
     if folder.is_dir() and not path.exists():
         raise UserError(f"{folder} is not a run: it has no {CONFIG}")
-    content = read_json(path)
+    content = read_json(path, "the configuration of a run")
     if "model_type" in content:
         raise UserError(
             f"{folder} is Hugging Face's, and not a run: import it by python -m tools.export from-hf {folder} RUN"
         )
     model = build(GPTConfig, content.get("model"), path)
     build(ModelFlags, asdict(model), path)  # which knows what sizes are out of reach
-    training = content.get("training")
-    if type(training) is dict:
-        training = {"ema": 0.0} | training  # runs begun before there was an average of the weights have none
-    training = build(TrainConfig, training, path)
+    training = build(TrainConfig, content.get("training"), path)
     return build(RunConfig, content | {"model": model, "training": training}, path)
 
 

@@ -83,7 +83,11 @@ def find_check(test: str) -> Callable[[], object]:
     """
     file, _, name = test.partition("::")
     name, _, parameter = name.removesuffix("]").partition("[")
-    function = getattr(importlib.import_module(f"tests.{file.removesuffix('.py')}"), name, None)
+    path = next((ROOT / "tests").rglob(file), None)
+    if path is None:
+        raise ValueError(f"no file {file} in tests/")
+    module = importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
+    function = getattr(module, name, None)
     if function is None:
         raise ValueError(f"no test {test}")
     keywords = {}

@@ -502,6 +502,12 @@ TABLE = {
             ("the cosine rises again after its end", "    if step >= decay_steps:\n        return config.min_lr\n", ""),
         ],
     },
+    "training/flops.py": {
+        "test_export.py::test_the_operations_are_those_that_pytorch_counts": [
+            ("every token attends to the whole window", "(config.block_size + 1) / 2", "config.block_size"),
+            ("a lookup counts as a product", 'len(shape) == 2 and name != "wpe.weight"', "len(shape) == 2"),
+        ],
+    },
     "training/evaluate.py": {
         "test_semantics.py::test_the_evaluation_predicts_each_token_once": [
             ("evaluation skips the last short window", "    if rest:\n", "    if False:\n"),
@@ -509,50 +515,21 @@ TABLE = {
             ("evaluation divides by one token too many", "total / (len(tokens) - 1)", "total / len(tokens)"),
         ],
     },
-    "train_numpy.py": {
-        "test_ema.py::test_the_average_is_the_recursion[numpy]": [
-            (
-                "the average of the weights has no warm-up",
-                "max(1 - self.ema, 9 / (10 + self.optimizer.t))",
-                "1 - self.ema",
-            ),
-        ],
-        "test_ema.py::test_evaluation_is_of_the_average[numpy]": [
-            ("the weights are evaluated, not their average", "loss_in_parts(self.averaged", "loss_in_parts(self.gpt"),
-        ],
-    },
-    "train_torch.py": {
-        "test_ema.py::test_the_average_is_the_recursion[torch]": [
-            (
-                "the average of the weights has no warm-up",
-                ".clamp(min=1 - self.ema)",
-                ".clamp(1 - self.ema, 1 - self.ema)",
-            ),
-        ],
-        "test_ema.py::test_evaluation_is_of_the_average[torch]": [
-            (
-                "the weights are evaluated, not their average",
-                "(self.gpt, self.average, batch)",
-                "(self.gpt, {}, batch)",
-            ),
-        ],
-        "test_ema.py::test_a_step_that_is_not_finite_leaves_the_average_alone": [
-            ("the average moves although the step was given up", "rate = rate * (self.broken < 0)", "pass"),
-        ],
-    },
-    "training/command.py": {
+    "common/cli.py": {
         "test_cli.py::test_a_module_that_nobody_can_install_is_a_bug[training]": [
             ("a bug of the project's own asks for an installation", "if not can_be_installed(error.name)", "if False"),
-        ],
-        "test_cli.py::test_a_module_that_nobody_can_install_is_a_bug[resource]": [
-            ("what Python itself lacks is to be installed", " or module in sys.stdlib_module_names", ""),
         ],
         "test_cli.py::test_an_exit_status_is_handed_on[2]": [
             ("flags that make no sense end well", "status = stop.code or 0", "status = 0"),
         ],
     },
-    "bench/tokenizers.py": {
-        "test_bench_tokenizers.py::test_what_follows_from_a_result": [
+    "common/startup.py": {
+        "test_cli.py::test_a_module_that_nobody_can_install_is_a_bug[resource]": [
+            ("what Python itself lacks is to be installed", " or module in sys.stdlib_module_names", ""),
+        ],
+    },
+    "bench/subwords.py": {
+        "test_bench_subwords.py::test_what_follows_from_a_result": [
             (
                 "the bigram's loss is left in nats per token",
                 'self.run.yardsticks["bigram"] * self.bits / self.nats_per_token',
@@ -560,42 +537,20 @@ TABLE = {
             ),
             ("a step learns from as many characters as tokens", " / self.tokens_per_char", ""),
         ],
-        "test_bench_tokenizers.py::test_speeds_are_relative_to_the_first": [
+        "test_bench_subwords.py::test_speeds_are_relative_to_the_first": [
             ("how many times as slow", "statistics.median(chars / own)", "statistics.median(own / chars)"),
             ("how many times as slow, with quartiles", "ratio(chars, own)", "ratio(own, chars)"),
             ("the time of a character, not characters a second", "Speed(1 / statistics", "Speed(1 * statistics"),
         ],
-        "test_bench_tokenizers.py::test_characters_per_second_are_those_of_all_steps_and_of_the_whole_sample": [
+        "test_bench_subwords.py::test_characters_per_second_are_those_of_all_steps_and_of_the_whole_sample": [
             ("one step's characters for the time of five", "(STEPS * r.chars_per_step)", "r.chars_per_step"),
             ("the length of the sample is left out", "times[r.name] / len(text)", "times[r.name] / SAMPLE_CHARS"),
         ],
-        "test_bench_tokenizers.py::test_the_findings_are_those_of_the_numbers": [
-            ("best and worst exchanged", "best, worst = min", "worst, best = min"),
-            (
-                "as much text the other way round",
-                "first.val_tokens_per_char / last.val_tokens_per_char",
-                "last.val_tokens_per_char / first.val_tokens_per_char",
-            ),
-            ("times the speed, called times the time", "{1 / training[-1].factor", "{training[-1].factor"),
-        ],
-        "test_bench_tokenizers.py::test_the_plot_is_over_characters_and_over_seconds": [
+        "test_bench_subwords.py::test_the_plot_is_over_characters_and_over_seconds": [
             ("seconds from the wrong end", "n / speed.chars_per_s for", "n * speed.chars_per_s for"),
         ],
     },
     "tools/export.py": {
-        "test_export.py::test_every_number_of_info[auto]": [
-            ("training takes 3 times the weights", "millions(4 * N * dtype", "millions(3 * N * dtype"),
-            ("keys are cached, values are not", "kept = 2 * config.n_layer", "kept = config.n_layer"),
-            ("backward costs as much as forward", "millions(3 * forward)", "millions(2 * forward)"),
-            ("the estimate counts attention twice", "2 * N + 4 * config.n_layer", "2 * N + 8 * config.n_layer"),
-        ],
-        "test_export.py::test_every_number_of_info[float64]": [
-            ("float64 weights take 4 bytes", 'np.float64 if settings.training.dtype == "float64" else ', ""),
-        ],
-        "test_export.py::test_the_operations_are_those_that_pytorch_counts": [
-            ("every token attends to the whole window", "(config.block_size + 1) / 2", "config.block_size"),
-            ("a lookup counts as a product", 'and "wpe" not in name', ""),
-        ],
         "test_export.py::test_the_report_is_the_notes_and_the_sizes": [
             ("what was changed in an import is not said", "    for note in notes:\n        print(note)\n", ""),
         ],
@@ -605,6 +560,17 @@ TABLE = {
                 '"float64" if params["wte.weight"].dtype == np.float64 else "auto"',
                 '"auto"',
             ),
+        ],
+    },
+    "tools/sizes.py": {
+        "test_export.py::test_every_number_of_info[auto]": [
+            ("training takes 3 times the weights", "millions(4 * N * dtype", "millions(3 * N * dtype"),
+            ("keys are cached, values are not", "kept = 2 * config.n_layer", "kept = config.n_layer"),
+            ("backward costs as much as forward", "millions(3 * forward)", "millions(2 * forward)"),
+            ("the estimate counts attention twice", "2 * N + 4 * config.n_layer", "2 * N + 8 * config.n_layer"),
+        ],
+        "test_export.py::test_every_number_of_info[float64]": [
+            ("float64 weights take 4 bytes", 'np.float64 if settings.training.dtype == "float64" else ', ""),
         ],
     },
     "tools/hf.py": {

@@ -1,0 +1,5 @@
+"""For learners: what the two models compute, made visible.
+
+learn.trace       one short text followed through both engines, tensor by tensor, forward and backward
+learn.pictures    what a trained run looks like inside: attention, gradients, probabilities, embeddings
+"""
