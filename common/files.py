@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MAX_JSON_BYTES = 1 << 20
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # how such a file begins
 
 
 def write_atomically(path: str | os.PathLike, content: bytes) -> None:
@@ -65,7 +66,8 @@ def read_bytes(path: str | os.PathLike, expected: str, *, max_bytes: int | None 
     """All bytes of a regular file.
 
     Raises UserError, which says what was `expected` there, if there is no such file, if it is a folder, a pipe or a
-    device (which may never end), if it cannot be read, or if it has more than `max_bytes`.
+    device (which may never end), if it cannot be read, if it has more than `max_bytes`, or if it is only the pointer
+    that Git LFS leaves in place of a large file.
     """
     path = Path(path)
     try:
@@ -91,6 +93,8 @@ def read_bytes(path: str | os.PathLike, expected: str, *, max_bytes: int | None 
         raise UserError(f"no file can be called {str(path)!r}: {error}") from error
     if max_bytes is not None and len(content) > max_bytes:
         raise UserError(f"{path} has more than {max_bytes:,} bytes: expected {expected}")
+    if content.startswith(LFS_POINTER):
+        raise UserError(f"{path} is a Git LFS pointer, not the file itself: fetch that with git lfs pull")
     return content
 
 

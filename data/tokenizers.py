@@ -184,15 +184,33 @@ def save(tokenizer: Tokenizer, path: str | os.PathLike) -> None:
 def load(path: str | os.PathLike) -> CharTokenizer | BPETokenizer:
     """Read what `save` wrote. Raises UserError, with the file and the fault, for a file that is anything else."""
     fields = read_json(Path(path), "a tokenizer.json", max_bytes=MAX_FILE_BYTES)
-    if "kind" not in fields and type(fields.get("model")) is dict:
+    if "kind" not in fields and (kind := foreign_kind(fields)) is not None:
         raise UserError(
-            f"{path} is Hugging Face's tokenizer.json, not ours: take the merges.txt beside it, or the tokenizer.json "
-            "of the run that python -m tools.export from-hf makes of the whole model"
+            f"{path} is {kind}, not a tokenizer.json of a run: take the merges.txt (vocab.bpe) beside it, or the "
+            "tokenizer.json of the run that python -m tools.export from-hf makes of the whole model"
         )
     try:
         return from_json(fields)
     except UserError as error:
         raise UserError(f"{path} is not a tokenizer: {error}") from error
+
+
+def foreign_kind(fields: dict) -> str | None:
+    """What a JSON file that comes with tokenizers elsewhere is; None if it is none of those."""
+    model = fields.get("model")
+    if type(model) is dict and {"type", "vocab"} & model.keys():
+        return "Hugging Face's tokenizer.json"
+    if "tokenizer_class" in fields or "added_tokens_decoder" in fields:
+        return "Hugging Face's tokenizer_config.json"
+    if "model_type" in fields:
+        return "the config.json of a model of Hugging Face's"
+    if {"model", "training"} <= fields.keys():
+        return "the config.json of a run"
+    if fields and all(type(value) is int for value in fields.values()):
+        return "a list of tokens and their ids, as GPT-2's vocab.json (encoder.json)"
+    if {"bos_token", "eos_token", "unk_token"} & fields.keys():
+        return "Hugging Face's special_tokens_map.json"
+    return None
 
 
 def get_tokenizer(name_or_file: str, text: str, bpe_vocab_size: int = 1024) -> Tokenizer:

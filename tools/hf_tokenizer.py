@@ -11,7 +11,7 @@ from common.errors import UserError, shorten
 from common.files import read_json
 from data.bpe import BPETokenizer
 from data.gpt2_bpe import END_OF_TEXT, gpt2_byte_order, gpt2_tokenizer, load_merges
-from data.tokenizers import CharTokenizer, Tokenizer, load
+from data.tokenizers import CharTokenizer, Tokenizer, foreign_kind, load
 
 TOKENIZER, MERGES, VOCAB = "tokenizer.json", "merges.txt", "vocab.json"
 MAX_BYTES = 32 << 20
@@ -100,6 +100,9 @@ def from_hf(fields: dict, path: Path) -> Tokenizer:
             return characters_from_hf(fields, model)
         if kind == "BPE":
             return bpe_from_hf(fields, model)
+        if kind is None:
+            found = foreign_kind(fields) or "no tokenizer.json"
+            raise UserError(f"it is {found}: expected a tokenizer.json, or GPT-2's merges.txt (vocab.bpe)")
         raise UserError(f"a tokenizer must be byte-level BPE or single characters, got {shorten(kind)}")
     except UserError as error:
         raise UserError(f"{path}: {error}") from error

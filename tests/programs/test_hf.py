@@ -317,8 +317,9 @@ VOCAB = to_hf(BPE)["model"]["vocab"]
 @pytest.mark.parametrize(
     ("fields", "fault"),
     [
-        ({}, "byte-level BPE or single characters"),
-        (changed(model=None), "byte-level BPE or single characters"),
+        ({}, "it is no tokenizer.json: expected a tokenizer.json, or GPT-2's merges.txt"),
+        (changed(model=None), "it is no tokenizer.json"),
+        (VOCAB, "it is a list of tokens and their ids, as GPT-2's vocab.json"),
         (changed(model={"type": "Unigram"}), "'Unigram'"),
         (changed(normalizer={"type": "NFC"}), "normalizer must be None"),
         (changed(pre_tokenizer=None), "pre_tokenizer must be"),
