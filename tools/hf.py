@@ -32,7 +32,7 @@ from common.files import read_bytes, read_json, write_new
 from data.gpt2_bpe import END_OF_TEXT
 from data.tokenizers import Tokenizer
 from numpygpt import GPTConfig, Params, param_shapes
-from tools.hf_tokenizer import TOKENIZER, to_hf
+from tools.hf_tokenizer import TOKENIZER, TOKENIZER_CONFIG, to_hf
 from training.checkpoint import read_header
 from training.config import ModelFlags
 
@@ -40,7 +40,6 @@ __all__ = ["Imported", "read_hf", "read_nanogpt", "write_hf"]
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 GENERATION_CONFIG = "generation_config.json"
-TOKENIZER_CONFIG = "tokenizer_config.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 # The numbers that can be read, and how their bytes lie. NumPy has no bfloat16: it is the upper half of a float32.
