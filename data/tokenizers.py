@@ -14,7 +14,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -33,7 +33,7 @@ from common.cli import parse, run_program
 from common.errors import UserError, shorten
 from common.files import read_json, write_atomically
 from data.bpe import BPETokenizer
-from data.checks import as_id, as_ids, check_no_surrogate
+from data.checks import as_id, as_ids, check_no_surrogate, check_special
 from data.corpus import load_corpus
 from data.gpt2_bpe import gpt2_tokenizer, load_merges
 
@@ -49,8 +49,14 @@ class Tokenizer(Protocol):
     @property
     def vocab_size(self) -> int: ...
 
-    def encode(self, text: str) -> np.ndarray:
-        """(n,) int32. Raises UserError for a text that has no ids."""
+    @property
+    def special_tokens(self) -> tuple[str, ...]: ...
+
+    def encode(self, text: str, *, allowed_special: Collection[str] = ()) -> np.ndarray:
+        """(n,) int32. Raises UserError for a text that has no ids, and for a special token that there is not.
+
+        allowed_special: the special tokens whose text is to become their id; others are text like any other
+        """
         ...
 
     def decode(self, ids: Iterable[int] | np.ndarray) -> str:
@@ -69,6 +75,7 @@ class CharTokenizer:
     characters: str
 
     kind: ClassVar[str] = "char"
+    special_tokens: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         if not self.characters:
@@ -104,8 +111,9 @@ class CharTokenizer:
         ids[self._code_points] = np.arange(self.vocab_size, dtype=np.int32)
         return ids
 
-    def encode(self, text: str) -> np.ndarray:
+    def encode(self, text: str, *, allowed_special: Collection[str] = ()) -> np.ndarray:
         """(len(text),) int32. Raises UserError for a character that is not in the vocabulary, and names it."""
+        check_special(allowed_special, self.special_tokens)
         ids = np.empty(len(text), dtype=np.int32)
         for start in range(0, len(text), PIECE_CHARS):
             points = code_points(text[start : start + PIECE_CHARS])
