@@ -21,6 +21,9 @@ function num(value, digits = 4) {
   return (small ? value.toExponential(digits - 1) : String(Number(value.toPrecision(digits)))).replaceAll("-", "−");
 }
 
+/** As a number in the middle of a formula. */
+const inner = (value) => (value < 0 ? `(${num(value)})` : num(value));
+
 /** h.0.attn.qkv -> h.0.attn.dqkv, as in learn/trace.py */
 const gradientName = (name) => name.replace(/^(\S*\.)?(\S+)/, (all, path = "", variable) => `${path}d${variable}`);
 
@@ -58,6 +61,7 @@ const SEQUENCE = [...DATA.steps.map((raw) => new Step(raw, "forward")), ...DATA.
 let current = 0;
 let timer = null;
 let cells = new Map(); // key -> the cell in the step's tables
+let pinned = null; // the cell that was clicked: until it is clicked again, the pointer chooses no other
 
 // --------------------------------------------------------------------------------------------------------------------
 // Tables of numbers
@@ -71,7 +75,7 @@ function axisLabels(name, shape) {
   if (bare.startsWith("wte.")) return [DATA.tokens, number(shape[1])];
   if (/\.(att|probs)$/.test(bare)) return [text, text];
   const parameter = /\.(weight|bias)/.test(bare);
-  return [shape.length > 1 && !parameter ? text : number(shape.at(-2) ?? 1), number(shape.at(-1) ?? 1)];
+  return [shape.length < 2 ? [""] : parameter ? number(shape.at(-2)) : text, shape.length ? number(shape.at(-1)) : [""]];
 }
 
 /** The factor of ten that a table leaves out, so that its numbers are short. */
@@ -83,9 +87,9 @@ function exponentOf(data) {
 
 function short(value, exponent, largest) {
   if (!Number.isFinite(value)) return "−∞";
-  if (value === 0) return "0";
-  const digits = largest / 10 ** exponent >= 10 ? 1 : 2;
-  return (value / 10 ** exponent).toFixed(digits).replace(/^(-?)0\./, "$1.").replace("-", "−");
+  const text = (value / 10 ** exponent).toFixed(largest / 10 ** exponent >= 10 ? 1 : 2);
+  if (Number(text) === 0) return value === 0 ? "0" : "~0";
+  return text.replace(/^(-?)0\./, "$1.").replace("-", "−");
 }
 
 /** A figure with the tensor's numbers; onto(key, cell) is called for each of them. */
@@ -95,7 +99,7 @@ function heatmap(role, name, className, onto) {
   const [rowLabels, columnLabels] = axisLabels(name, shape);
   const [height, width] = [rowLabels.length, columnLabels.length];
   const scale = exponent ? [" ×10", make("sup", {}, String(exponent).replace("-", "−"))] : [];
-  const caption = make("figcaption", { title: name }, make("b", {}, role), ` (${shape.join(", ")})`, ...scale);
+  const caption = make("figcaption", {}, make("b", {}, role), ` (${shape.join(", ")})`, ...scale, make("small", {}, name));
   const tables = range(shape.length === 3 ? shape[0] : 1).map((head) => {
     const top = make("tr", {}, make("th", {}, shape.length === 3 ? `head ${head}` : ""), ...columnLabels.map((label) => make("th", { scope: "col" }, label)));
     const body = range(height).map((i) => make("tr", {}, make("th", { scope: "row" }, rowLabels[i]), ...range(width).map((j) => {
@@ -134,11 +138,12 @@ function go(index) {
   document.querySelectorAll("#column button").forEach((button) => button.setAttribute("aria-current", button.dataset.index === String(current) ? "step" : "false"));
   const here = document.querySelector("#column [aria-current=step]");
   $("column").scrollTop = here.offsetTop - $("column").clientHeight / 2;
-  $("where").textContent = `step ${current + 1} of ${SEQUENCE.length}, ${step.direction}`;
+  $("where").textContent = `${step.direction}, ${current + 1} of ${SEQUENCE.length}`;
   $("title").replaceChildren(step.direction === "forward" ? "↓ " : "↑ ", step.name, make("small", {}, step.part));
-  $("what").textContent = step.what;
+  const note = step.kind === "linear" ? NOTES[step.part.replace(/^h\.\d+\./, "")] : ["", ""];
+  $("what").textContent = `${step.what} ${note[Number(step.direction === "backward")]}`;
   $("formula").textContent = step.formula;
-  cells = new Map();
+  [cells, pinned] = [new Map(), null];
   const figures = (roles, className) => roles.filter((role) => step.has(role)).map((role) => heatmap(role, step.tensor(role), className, (key, cell) => cells.set(key, cell)));
   $("maps").replaceChildren(
     make("div", { className: "maps in" }, ...figures(step.show, "in")),
@@ -168,7 +173,7 @@ function choose(role, index) {
   const lines = made ? step.explain(step, role, index) : [];
   for (const { key: source } of lines.flatMap(({ terms, refs }) => (terms ? terms.flat() : refs))) cells.get(source)?.classList.add("source");
   const value = step.ref(role, ...index).value;
-  const title = make("p", {}, make("b", {}, key), ` = ${num(value, 10)}`, made ? "" : " goes in here");
+  const title = make("p", {}, make("b", {}, key), ` = ${num(value, 10)}`, made ? "" : " goes in here", make("small", {}, pinned ? "fixed; click it again to let go" : "click a cell to keep it"));
   const parameter = step.tensor(role).replace(/\bd(?=(weight|bias)\b)/, "").replace(/ \(.*/, "");
   if (/\.(weight|bias)$/.test(parameter)) title.append(" ", make("button", { onclick: () => grab(parameter, index, true) }, "move this weight"));
   $("explain").replaceChildren(title, ...lines.map(show));
@@ -283,7 +288,11 @@ function drawCurve(value, loss, predicted) {
 const indexOf = (cell) => cell.dataset.index.split(",").filter(Boolean).map(Number);
 
 for (const type of ["pointerover", "focusin", "click"]) {
-  $("maps").addEventListener(type, ({ target }) => target.dataset.index !== undefined && choose(target.dataset.role, indexOf(target)));
+  $("maps").addEventListener(type, ({ target }) => {
+    if (target.dataset.index === undefined || (pinned && type === "pointerover")) return;
+    if (type === "click") pinned = pinned === target ? null : target;
+    choose(target.dataset.role, indexOf(target));
+  });
 }
 $("weights").addEventListener("click", ({ target }) => target.dataset.index !== undefined && grab(held.name, indexOf(target)));
 $("weights").addEventListener("keydown", (event) => event.key === "Enter" && event.target.dataset.index !== undefined && grab(held.name, indexOf(event.target), true));
@@ -305,6 +314,7 @@ document.addEventListener("keydown", (event) => {
 });
 
 $("text").textContent = `“${DATA.idx.map(token).join("")}”`;
+$("truth").textContent = `“${DATA.targets.map(token).join("")}”`;
 $("size").textContent = `It has ${DATA.config.n_layer} layer${DATA.config.n_layer > 1 ? "s" : ""}, ${DATA.config.n_head} heads, ${DATA.config.n_embd} channels and ${DATA.tokens.length} different tokens.`;
 $("parameter").append(...PARAMETERS.map((name) => make("option", {}, name)));
 drawColumn();

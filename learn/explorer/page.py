@@ -38,7 +38,7 @@ from sample import load_for_sampling
 
 TEXT = "the cat sat on the mat. the rat sat on the hat. the cat ate the rat. "  # what the small model learns, in a loop
 PROMPT = "the cat sat"
-STEPS, BATCH, LEARNING_RATE = 200, 16, 0.02
+STEPS, BATCH, LEARNING_RATE = 120, 16, 0.02
 MAX_TOKENS = 32  # of the prompt
 MAX_PARAMS = 40_000  # each has a weight and a gradient, 11 bytes each
 MAX_BYTES = 1_500_000  # of the page
@@ -160,7 +160,7 @@ add        mlp          block_forward: mlp_saved = ... x = x + branch
                         block_backward: mlp_grads =
 """
 BEFORE = """
-embedding  wte          embedding_forward: return
+embedding  wte+wpe      embedding_forward: return
                         embedding_backward: np.add.at ... dwpe[:T] | gpt_backward: dwte + dwte_head
 """
 AFTER = """

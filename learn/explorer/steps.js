@@ -10,7 +10,7 @@ const range = (n) => [...Array(n).keys()];
 const total = (terms) => terms.reduce((sum, term) => sum + term.reduce((product, ref) => product * ref.value, 1), 0);
 const sum = (name, terms, times = 1) => ({ name, terms, times, value: times * total(terms) });
 const line = (name, text, value, refs = []) => ({ name, text, value, refs });
-const added = (name, parts) => line(name, parts.map((part) => num(part.value)).join(" + "), parts.reduce((a, part) => a + part.value, 0));
+const added = (name, parts) => line(name, parts.map((part) => inner(part.value)).join(" + "), parts.reduce((a, part) => a + part.value, 0));
 
 const KINDS = {
   embedding: {
@@ -61,8 +61,8 @@ const KINDS = {
           mean,
           line("variance", "mean of (x − mean)² along the row", variance),
           line("rstd", `1 / √(${num(variance)} + 10⁻⁵)`, rstd),
-          line("xhat", `(${num(row[c].value)} − ${num(mean.value)}) · ${num(rstd)}`, xhat),
-          line("out", `${num(xhat)} · ${num(w.value)} + ${num(b.value)}`, xhat * w.value + b.value, [w, s.ref("x", t, c)]),
+          line("xhat", `(${num(row[c].value)} − ${inner(mean.value)}) · ${num(rstd)}`, xhat),
+          line("out", `${num(xhat)} · ${inner(w.value)} + ${inner(b.value)}`, xhat * w.value + b.value, [w, s.ref("x", t, c)]),
         ];
       },
     },
@@ -76,9 +76,9 @@ const KINDS = {
         const n = s.width("dout"), row = range(n).map((i) => [s.ref("dout", t, i), s.ref("weight", i)]);
         const a = sum("mean(dxhat)", row, 1 / n), b = sum("mean(dxhat · xhat)", row.map((term, i) => [...term, s.ref("xhat", t, i)]), 1 / n);
         const rstd = s.ref("rstd", t, 0), xhat = s.ref("xhat", t, c);
-        const direct = line("1. directly", `rstd · dxhat = ${num(rstd.value)} · ${num(total([row[c]]))}`, rstd.value * total([row[c]]), [rstd]);
-        const mean = line("2. through the mean", `−rstd · mean(dxhat) = −${num(rstd.value)} · ${num(a.value)}`, -rstd.value * a.value);
-        const variance = line("3. through the variance", `−rstd · xhat · mean(dxhat · xhat) = −${num(rstd.value)} · ${num(xhat.value)} · ${num(b.value)}`, -rstd.value * xhat.value * b.value);
+        const direct = line("1. directly", `rstd · dxhat = ${num(rstd.value)} · ${inner(total([row[c]]))}`, rstd.value * total([row[c]]), [rstd]);
+        const mean = line("2. through the mean", `−rstd · mean(dxhat) = −${num(rstd.value)} · ${inner(a.value)}`, -rstd.value * a.value);
+        const variance = line("3. through the variance", `−rstd · xhat · mean(dxhat · xhat) = −${num(rstd.value)} · ${inner(xhat.value)} · ${inner(b.value)}`, -rstd.value * xhat.value * b.value);
         return [a, b, direct, mean, variance, added("dx", [direct, mean, variance])];
       },
     },
@@ -161,7 +161,7 @@ const KINDS = {
       explain(s, role, [h, t, u]) {
         const row = sum("the row's sum", range(s.T).map((i) => [s.ref("dprobs", h, t, i), s.ref("probs", h, t, i)]));
         const p = s.ref("probs", h, t, u).value, d = s.ref("dprobs", h, t, u).value;
-        return [row, line("datt", `${num(p)} · (${num(d)} − ${num(row.value)})`, p * (d - row.value))];
+        return [row, line("datt", `${num(p)} · (${num(d)} − ${inner(row.value)})`, p * (d - row.value))];
       },
     },
   },
@@ -196,7 +196,7 @@ const KINDS = {
         const x = s.ref("x", ...index), tanh = Math.tanh(geluInner(x.value));
         return [
           line("tanh(u)", `u = ${num(geluInner(x.value))}`, tanh),
-          line("out", `${num(x.value)}/2 · (1 + ${num(tanh)})`, 0.5 * x.value * (1 + tanh), [x]),
+          line("out", `${num(x.value)}/2 · (1 + ${inner(tanh)})`, 0.5 * x.value * (1 + tanh), [x]),
         ];
       },
     },
@@ -208,7 +208,7 @@ const KINDS = {
         const x = s.ref("x", ...index), d = s.ref("dout", ...index), tanh = Math.tanh(geluInner(x.value));
         const slope = Math.sqrt(2 / Math.PI) * (1 + 3 * 0.044715 * x.value ** 2);
         const gelu = 0.5 * (1 + tanh) + 0.5 * x.value * (1 - tanh * tanh) * slope;
-        return [line("slope of GELU", `at x = ${num(x.value)}`, gelu, [x]), line("dx", `${num(d.value)} · ${num(gelu)}`, d.value * gelu, [d])];
+        return [line("slope of GELU", `at x = ${num(x.value)}`, gelu, [x]), line("dx", `${num(d.value)} · ${inner(gelu)}`, d.value * gelu, [d])];
       },
     },
   },
@@ -251,6 +251,15 @@ const KINDS = {
   },
 };
 
+// What is particular about the linear layer of this name, forward and backward.
+const NOTES = {
+  "attn.c_attn": ["It makes all queries, keys and values at once.", "x was used three times, for q, k and v: three gradients add up."],
+  "attn.c_proj": ["It mixes what the heads found.", ""],
+  "mlp.c_fc": ["It makes each token four times as wide.", ""],
+  "mlp.c_proj": ["It makes each token as narrow as the stream again.", ""],
+  wte: ["This is the head: a token's score is the product of x with that token's own embedding.", "dweight is one of the two gradients of wte; the embedding brings the other."],
+};
+
 const geluInner = (x) => Math.sqrt(2 / Math.PI) * (x + 0.044715 * x * x * x);
 
 function softmaxLines(row, i) {
@@ -258,7 +267,7 @@ function softmaxLines(row, i) {
   const exp = row.map((ref) => Math.exp(ref.value - max));
   const all = exp.reduce((a, b) => a + b);
   return [
-    line("exp", `exp(${num(row[i].value)} − the row's maximum ${num(max)})`, exp[i], row),
+    line("exp", `exp(${num(row[i].value)} − ${inner(max)}), less the row's maximum`, exp[i], row),
     line("the row's sum", exp.map(num).join(" + "), all),
     line("probs", `${num(exp[i])} / ${num(all)}`, exp[i] / all),
   ];
