@@ -268,7 +268,7 @@ function softmaxLines(row, i) {
   const all = exp.reduce((a, b) => a + b);
   return [
     line("exp", `exp(${num(row[i].value)} − ${inner(max)}), less the row's maximum`, exp[i], row),
-    line("the row's sum", exp.map(num).join(" + "), all),
+    line("the row's sum", exp.map((value) => num(value)).join(" + "), all),
     line("probs", `${num(exp[i])} / ${num(all)}`, exp[i] / all),
   ];
 }
