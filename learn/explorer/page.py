@@ -15,6 +15,7 @@ writes the same page.
 
 import ast
 import base64
+import functools
 import inspect
 import json
 import re
@@ -32,7 +33,7 @@ from common.errors import UserError
 from common.files import write_atomically
 from data.tokenizers import CharTokenizer, Tokenizer
 from learn.pictures import VISIBLE
-from learn.trace import Arrays, NumpyRecorder, gradient_name, names_around
+from learn.trace import Arrays, gradient_name, names_around, trace_numpy
 from numpygpt import GPT, AdamW, GPTConfig, Params
 from sample import load_for_sampling
 
@@ -73,54 +74,23 @@ def train_small_model() -> tuple[GPTConfig, Params, CharTokenizer]:
 # The tensors
 
 
-class Recorder(NumpyRecorder):
-    """Keeps a few more tensors than the trace needs: what the two ways of a sum bring, and what LayerNorm saves."""
-
-    WATCHED = (*NumpyRecorder.WATCHED, "embedding_backward")
-
-    def layernorm_forward(self, x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None) -> tuple:
-        out, saved = super().layernorm_forward(x, weight, bias)
-        layer = self.layers[id(weight)]
-        self.keep(f"{layer}.xhat", saved[0])
-        self.keep(f"{layer}.rstd", saved[1])
-        return out, saved
-
-    def layernorm_backward(self, dout: np.ndarray, saved: tuple) -> tuple:
-        dx, dweight, dbias = super().layernorm_backward(dout, saved)
-        self.keep_grad(f"{self.layers[id(saved[2])]}.x", dx)
-        return dx, dweight, dbias
-
-    def linear_backward(self, dout: np.ndarray, saved: tuple) -> tuple:
-        dx, dweight, dbias = super().linear_backward(dout, saved)
-        if self.layers[id(saved[1])] == "wte":
-            self.keep_grad("wte.weight (head)", dweight)
-        return dx, dweight, dbias
-
-    def embedding_backward(self, dx: np.ndarray, saved: tuple) -> tuple:
-        dwte, dwpe = self.original["embedding_backward"](dx, saved)
-        self.keep_grad("wte.weight (embedding)", dwte)
-        return dwte, dwpe
-
-    def softmax_forward(self, x: np.ndarray) -> np.ndarray:
-        probs = super().softmax_forward(x)
-        if not self.attention:
-            self.keep("probs", probs)  # of the next token
-        return probs
-
-
 def record(config: GPTConfig, weights: Params, ids: np.ndarray) -> Arrays:
     """All tensors of both directions for one text ids (T + 1,), by name, without the axis of the batch."""
-    model = GPT(config, weights, dtype=np.float64)
-    recorder = Recorder(model)
-    with recorder.watching():
-        _, grads = model.loss_and_grads(ids[None, :-1], ids[None, 1:])
-    trace = recorder.trace
-    tensors = dict(model.params) | {gradient_name(name): value for name, value in grads.items()}
-    activations = trace.forward | {gradient_name(name): value for name, value in trace.backward.items()}
-    return tensors | {
-        name: value[0] if value.ndim > 2 and not name.startswith("wte") else value
-        for name, value in activations.items()
-    }
+    weights = {name: value.astype(np.float64) for name, value in weights.items()}
+    trace = trace_numpy(config, weights, ids[None, :-1], ids[None, 1:])
+    tensors = trace.forward | {gradient_name(name): value for name, value in trace.backward.items()}
+    tensors["probs"] = numpygpt.softmax_forward(trace.forward["logits"])
+    # What the trace does not keep: LayerNorm's saved activations, and both parts of a gradient that is a sum.
+    for layer in [name.removesuffix(".weight") for name in weights if re.search(r"\bln_\w+\.weight", name)]:
+        x, out = names_around(layer, config)
+        _, saved = numpygpt.layernorm_forward(tensors[x], weights[f"{layer}.weight"], weights.get(f"{layer}.bias"))
+        tensors[f"{layer}.xhat"], tensors[f"{layer}.rstd"] = saved[:2]
+        tensors[f"{layer}.dx"], _, _ = numpygpt.layernorm_backward(tensors[gradient_name(out)], saved)
+    head_saved = tensors["x (ln_f)"], weights["wte.weight"], False
+    _, dwte_head, _ = numpygpt.linear_backward(tensors["dlogits"], head_saved)
+    grads = {gradient_name(name): value for name, value in trace.grads.items()}
+    activations = {name: value[0] if value.ndim else value for name, value in tensors.items()}  # the loss is a number
+    return weights | grads | activations | {"wte.dweight (head)": dwte_head}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -196,8 +166,7 @@ def steps_of(table: str, h: str, config: GPTConfig) -> Iterator[dict]:
 def tensors_of(kind: str, part: str, h: str, config: GPTConfig) -> dict[str, str]:
     """The tensors of a step, by the names that they have in its function. Of a gradient only if it needs a name."""
     if kind == "embedding":
-        parts = {"read": "wte.dweight (embedding)", "head": "wte.dweight (head)"}
-        return {"x": "x (embedding)", "wte": "wte.weight", "wpe": "wpe.weight"} | parts
+        return {"x": "x (embedding)", "wte": "wte.weight", "wpe": "wpe.weight", "head": "wte.dweight (head)"}
     if kind in ("layernorm", "linear"):
         x, out = names_around(part, config)
         tensors = {"x": x, "out": out, "weight": f"{part}.weight", "bias": f"{part}.bias"}
@@ -221,23 +190,24 @@ def tensors_of(kind: str, part: str, h: str, config: GPTConfig) -> dict[str, str
 def locate(place: str) -> dict:
     """A place in numpygpt.py -> its function, and its first and last line. Raises ValueError if it isn't there."""
     name, _, texts = place.partition(": ")
-    code = source(name)
-    if not texts:
-        return {"function": name, "first": code[1][0], "last": code[-1][0]}
     first, _, last = texts.partition(" ... ")
-    start = next((number for number, line in code if first in line), None)
-    end = next((number for number, line in code if last in line and start is not None and number >= start), None)
-    if start is None or end is None:
+    _, code = source(name)
+    start = next((number for number, line in code if first in line), 0)
+    end = next((number for number, line in code if number >= start and last in line), 0) if last else start
+    if not (start and end):
         raise ValueError(f"numpygpt.py has no such lines: {place}")
-    return {"function": name, "first": start, "last": end if last else start}
+    return {"function": name, "first": start, "last": end if texts else code[-1][0]}
 
 
-def source(name: str) -> list[tuple[int, str]]:
-    """(line number, line) of a function of numpygpt.py, without its docstring."""
-    lines, start = inspect.getsourcelines(getattr(numpygpt, name))
+@functools.cache
+def source(name: str) -> tuple[str, list[tuple[int, str]]]:
+    """The first two paragraphs of a function's docstring, and its other lines, each with its number in numpygpt.py."""
+    function = getattr(numpygpt, name)
+    lines, start = inspect.getsourcelines(function)
     docstring = ast.parse("".join(lines)).body[0].body[0]  # type: ignore[attr-defined]
     numbered = list(enumerate((line.rstrip("\n") for line in lines), start))
-    return numbered[: docstring.lineno - 1] + numbered[docstring.end_lineno :]
+    paragraphs = (inspect.getdoc(function) or "").split("\n\n")
+    return " ".join(paragraphs[:2]), numbered[: docstring.lineno - 1] + numbered[docstring.end_lineno :]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
