@@ -27,6 +27,7 @@ from common.errors import UserError
 from data.tokenizers import Tokenizer
 from numpygpt import GPT, GPTConfig, Params, check_sampling
 from training.batches import step_rng
+from training.parallel import tune_process
 from training.run import load_run
 
 Engine = Literal["numpy", "torch"]
@@ -59,6 +60,7 @@ def token_stream(
     large = sum(weight.size for weight in weights.values()) >= LARGE
     dtype = weights["wte.weight"].dtype if large else np.dtype(np.float64)
     if engine == "numpy":
+        tune_process(threads=1)
         stream = GPT(config, weights, dtype=dtype).stream(prompt[None], **options)
     else:
         import torch  # here: the NumPy engine must run without it

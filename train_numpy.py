@@ -18,7 +18,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-for blas in ("OPENBLAS", "MKL", "VECLIB"):  # the model cuts its batches into threads itself, which pays better
+for blas in ("OPENBLAS", "MKL", "VECLIB"):  # training.parallel has threads of its own, which pay better
     os.environ.setdefault(f"{blas}_NUM_THREADS", "1")
 
 import numpy as np
@@ -31,24 +31,27 @@ from training.config import Flags, TrainConfig
 from training.flags import parse_flags
 from training.loop import train
 from training.memory import check_memory, memory_needed
+from training.parallel import add_grads, loss_and_grads_in_parts, loss_in_parts, tune_process
 from training.run import open_run
 
 
 class NumpyEngine:
     """numpygpt.py's model and optimizer, as training.loop wants them.
 
-    threads: into how many parts the model cuts a batch, to compute them side by side
+    threads: into how many parts a micro-batch is cut, to compute them side by side
     """
 
     leader, eval_batch_size = True, None
 
     def __init__(self, model: GPTConfig, training: TrainConfig, threads: int) -> None:
         dtype = np.float64 if training.dtype == "float64" else np.float32
-        self.gpt = GPT(model, seed=training.seed, dtype=dtype, threads=threads)
+        self.threads = threads
+        tune_process(threads)
+        self.gpt = GPT(model, seed=training.seed, dtype=dtype)
         betas = (training.beta1, training.beta2)
         self.optimizer = AdamW(self.gpt.params, betas=betas, weight_decay=training.weight_decay)
         self.seed, self.grad_clip, self.ema = training.seed, training.grad_clip or math.inf, training.ema
-        self.averaged = GPT(model, self.gpt.params, dtype=dtype, threads=threads) if self.ema else self.gpt
+        self.averaged = GPT(model, self.gpt.params, dtype=dtype) if self.ema else self.gpt
 
     def train_step(self, step: int, micro_batches: Sequence[Batch], lr: float) -> tuple[float, float]:
         """Forward, backward, clip, update: see training.loop.Engine."""
@@ -56,9 +59,9 @@ class NumpyEngine:
         rng = step_rng(self.seed, step, "dropout")
         total_loss, total_grads = 0.0, None
         for idx, targets in micro_batches:
-            loss, grads = self.gpt.loss_and_grads(idx, targets, rng=rng, count=count)
-            total_loss += float(loss)
-            total_grads = grads if total_grads is None else add(total_grads, grads)
+            loss, grads = loss_and_grads_in_parts(self.gpt, idx, targets, rng=rng, count=count, threads=self.threads)
+            total_loss += loss
+            total_grads = grads if total_grads is None else add_grads(total_grads, grads)
         norm = clip_grad_norm(total_grads, self.grad_clip)
         if not (math.isfinite(total_loss) and math.isfinite(norm)):
             broken = [name for name, grad in total_grads.items() if not np.isfinite(grad).all()]
@@ -80,7 +83,7 @@ class NumpyEngine:
         return read_windows(tokens, starts, T)
 
     def loss(self, idx: np.ndarray, targets: np.ndarray) -> float:
-        return float(self.averaged.forward(idx, targets)[1])
+        return loss_in_parts(self.averaged, idx, targets, threads=self.threads)
 
     def num_params(self) -> int:
         return self.gpt.num_params()
@@ -97,13 +100,6 @@ class NumpyEngine:
             for name, array in mine.items():
                 array[...] = loaded[name]
         self.optimizer.t = t
-
-
-def add(grads: Params, others: Params) -> Params:
-    """grads plus others, in place."""
-    for name, grad in grads.items():
-        grad += others[name]
-    return grads
 
 
 def check(model: GPTConfig, training: TrainConfig) -> None:

@@ -31,6 +31,7 @@ from tqdm import tqdm
 import numpygpt
 from bench.timing import alternate, blas_threads, high_water, ratio, seconds
 from common.cli import parse, run_program
+from training.parallel import loss_and_grads_in_parts, tune_process
 
 # Vocabulary and sizes of the presets, without dropout: torch's eager attention leaves its fast path when it drops.
 PRESETS = {
@@ -77,11 +78,12 @@ def random_batch(config: numpygpt.GPTConfig, B: int) -> tuple[np.ndarray, np.nda
 
 def numpy_step(config: numpygpt.GPTConfig, B: int, threads: int) -> Callable[[], None]:
     idx, targets = random_batch(config, B)
-    model = numpygpt.GPT(config, threads=threads)
+    tune_process(threads)
+    model = numpygpt.GPT(config)
     optimizer = numpygpt.AdamW(model.params)
 
     def step() -> None:
-        _, grads = model.loss_and_grads(idx, targets)
+        _, grads = loss_and_grads_in_parts(model, idx, targets, threads=threads)
         numpygpt.clip_grad_norm(grads, MAX_NORM)
         optimizer.step(grads, LR)
 
@@ -123,7 +125,7 @@ def products(config: numpygpt.GPTConfig, B: int) -> Iterator[tuple[tuple[int, ..
         yield (rows, n_in), (n_in, n_out)  # out
         yield (rows, n_out), (n_out, n_in)  # dx
         yield (n_out, rows), (rows, n_in)  # dweight
-    for queries, keys in config.n_layer * list(numpygpt.causal_blocks(T, T)):
+    for queries, keys in config.n_layer * list(numpygpt.causal_tiles(T, T)):
         q, k = queries.stop - queries.start, keys.stop
         for _ in "att", "ddropped":
             yield (B, nh, q, hs), (B, nh, hs, k)
@@ -215,6 +217,7 @@ def measure_generation(options: Options) -> None:
     import torchgpt
 
     torch.set_num_threads(options.threads)
+    tune_process(threads=1)
     config = PRESETS["full"][0]
     T = config.block_size
     by_numpy, by_torch = numpygpt.GPT(config), torchgpt.GPT(config).eval()

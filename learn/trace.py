@@ -112,13 +112,13 @@ def names_around(layer: str, config: GPTConfig) -> tuple[str, str]:
 class NumpyRecorder:
     """Stands in for numpygpt's functions while one model runs: each method calls the function of its name, and keeps.
 
-    Attention is computed in one block, so that `att` is one tensor (B, nh, T, T).
+    Attention is computed in one tile, so that `att` is one tensor (B, nh, T, T).
     """
 
     WATCHED = (
         *("layernorm_forward", "layernorm_backward", "linear_forward", "linear_backward"),
         *("softmax_forward", "softmax_backward", "attention_forward", "attention_backward"),
-        *("block_backward", "cross_entropy_forward"),
+        *("scaled_dot_product_attention_forward", "block_backward", "cross_entropy_forward"),
     )
 
     def __init__(self, model: numpygpt.GPT) -> None:
@@ -131,7 +131,7 @@ class NumpyRecorder:
     def watching(self) -> Iterator[None]:
         """Inside, numpygpt calls the methods of this recorder."""
         stand_ins = {name: getattr(self, name) for name in self.WATCHED}
-        with mock.patch.multiple(numpygpt, ATTENTION_BLOCK=self.config.block_size, **stand_ins):
+        with mock.patch.multiple(numpygpt, ATTENTION_TILE=self.config.block_size, **stand_ins):
             yield
 
     def around(self, weight: np.ndarray) -> tuple[str, str]:
@@ -144,30 +144,30 @@ class NumpyRecorder:
         self.trace.backward[name] = np.array(value)
 
     def layernorm_forward(self, x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None) -> tuple:
-        out, cache = self.original["layernorm_forward"](x, weight, bias)
+        out, saved = self.original["layernorm_forward"](x, weight, bias)
         goes_in, comes_out = self.around(weight)
         self.keep(goes_in, x)
         self.keep(comes_out, out)
-        return out, cache
+        return out, saved
 
-    def layernorm_backward(self, dout: np.ndarray, cache: tuple) -> tuple:
-        dx, dweight, dbias = self.original["layernorm_backward"](dout, cache)
-        goes_in, comes_out = self.around(cache[2])
+    def layernorm_backward(self, dout: np.ndarray, saved: tuple) -> tuple:
+        dx, dweight, dbias = self.original["layernorm_backward"](dout, saved)
+        goes_in, comes_out = self.around(saved[2])
         self.keep_grad(comes_out, dout)
         if comes_out == "x (ln_f)":  # around the others leads the residual stream: their dx is not all of it
             self.keep_grad(goes_in, dx)
         return dx, dweight, dbias
 
     def linear_forward(self, x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None) -> tuple:
-        out, cache = self.original["linear_forward"](x, weight, bias)
+        out, saved = self.original["linear_forward"](x, weight, bias)
         goes_in, comes_out = self.around(weight)
         self.keep(goes_in, x)
         self.keep(comes_out, out)
-        return out, cache
+        return out, saved
 
-    def linear_backward(self, dout: np.ndarray, cache: tuple) -> tuple:
-        dx, dweight, dbias = self.original["linear_backward"](dout, cache)
-        goes_in, comes_out = self.around(cache[1])
+    def linear_backward(self, dout: np.ndarray, saved: tuple) -> tuple:
+        dx, dweight, dbias = self.original["linear_backward"](dout, saved)
+        goes_in, comes_out = self.around(saved[1])
         self.keep_grad(comes_out, dout)
         self.keep_grad(goes_in, dx)
         if comes_out.endswith("attn.qkv"):
@@ -190,31 +190,34 @@ class NumpyRecorder:
         self.keep_grad(self.attention + "att", datt)
         return datt
 
+    def scaled_dot_product_attention_forward(self, q: np.ndarray, k: np.ndarray, v: np.ndarray, *rest: object) -> tuple:
+        for name, head in {"q": q, "k": k, "v": v}.items():
+            self.keep(self.attention + name, head)
+        return self.original["scaled_dot_product_attention_forward"](q, k, v, *rest)
+
     def attention_forward(self, x: np.ndarray, p: Params, *rest: object) -> tuple:
         self.attention = self.layers[id(p["c_attn.weight"])].removesuffix("c_attn")
-        out, cache = self.original["attention_forward"](x, p, *rest)
-        for name, head in zip("qkv", cache[1:4], strict=True):
-            self.keep(self.attention + name, head)
-        self.attention = ""
-        return out, cache
-
-    def attention_backward(self, dout: np.ndarray, cache: tuple) -> tuple:
-        self.attention = self.layers[id(cache[0][1])].removesuffix("c_attn")
-        self.keep_grad(self.attention.removesuffix("attn.") + "x (attn added)", dout)
-        result = self.original["attention_backward"](dout, cache)
+        result = self.original["attention_forward"](x, p, *rest)
         self.attention = ""
         return result
 
-    def block_backward(self, dx: np.ndarray, cache: tuple) -> tuple:
-        dx, grads = self.original["block_backward"](dx, cache)
-        goes_in, _ = self.around(cache[0][2])
+    def attention_backward(self, dout: np.ndarray, saved: tuple) -> tuple:
+        self.attention = self.layers[id(saved[0][1])].removesuffix("c_attn")
+        self.keep_grad(self.attention.removesuffix("attn.") + "x (attn added)", dout)
+        result = self.original["attention_backward"](dout, saved)
+        self.attention = ""
+        return result
+
+    def block_backward(self, dx: np.ndarray, saved: tuple) -> tuple:
+        dx, grads = self.original["block_backward"](dx, saved)
+        goes_in, _ = self.around(saved[0][2])
         self.keep_grad(goes_in, dx)
         return dx, grads
 
     def cross_entropy_forward(self, logits: np.ndarray, targets: np.ndarray, count: int) -> tuple:
-        loss, cache = self.original["cross_entropy_forward"](logits, targets, count)
+        loss, saved = self.original["cross_entropy_forward"](logits, targets, count)
         self.keep("loss", loss)
-        return loss, cache
+        return loss, saved
 
 
 def trace_numpy(config: GPTConfig, weights: Params, idx: np.ndarray, targets: np.ndarray) -> Trace:

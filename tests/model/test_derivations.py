@@ -379,7 +379,7 @@ def test_causal_blocks() -> None:
 
 def test_residual() -> None:
     config = GPTConfig(vocab_size=2, block_size=4, n_layer=1, n_head=2, n_embd=6, dropout=0.0)
-    p = numpygpt.within(random_weights(config, seed=3), "h.0.")
+    p = numpygpt.select_prefix(random_weights(config, seed=3), "h.0.")
     x, dout = draw(2, 4, 6), draw(4, 2, 6).swapaxes(0, 1)
     _, cache = numpygpt.block_forward(x, p, n_head=2)
     before = dout.copy()
