@@ -37,7 +37,7 @@ from torch.nn.parallel import DistributedDataParallel
 from common.cli import run_program
 from common.errors import UserError
 from numpygpt import GPTConfig, Params, check_batch, check_ids, param_shapes
-from torchgpt import GPT, without_dropout
+from torchgpt import GPT
 from training.batches import Batch, read_windows, step_rng
 from training.config import Flags, TrainConfig
 from training.flags import parse_flags
@@ -87,6 +87,17 @@ class Loss(nn.Module):
 
     def forward(self, idx: Tensor, targets: Tensor) -> Tensor:
         return self.gpt(idx, targets)[1]
+
+
+@contextmanager
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; afterwards the mode that the model was in before."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 class TorchEngine:
