@@ -2,7 +2,7 @@
 
     python sample.py runs/numpy-small
     python sample.py runs/numpy-small --prompt "ROMEO:" --max-new-tokens 500 --temperature 0.8 --top-k 40 --seed 7
-    echo "ROMEO:" | python sample.py runs/numpy-small
+    printf "ROMEO:" | python sample.py runs/numpy-small --prompt -
 
 The run's best checkpoint writes, or its last one if none was best yet. One seed gives one text, whichever engine
 computes it: both compute in float64, where the two agree too closely for any draw to fall between them. Only models
@@ -10,20 +10,24 @@ of GPT-2's size and more are sampled in the dtype of their weights: those may ta
 """
 
 import dataclasses
-import os
-import select
 import shlex
-import stat
 import sys
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Literal
 
+from common.startup import explain_failed_imports
+
+if __name__ == "__main__":
+    explain_failed_imports()
+
 import numpy as np
+import tyro
 
 from common.cli import parse, run_program
 from common.errors import UserError
+from data.text import check_text, normalize_text
 from data.tokenizers import Tokenizer
 from numpygpt import GPT, GPTConfig, Params, check_sampling
 from training.batches import step_rng
@@ -33,7 +37,6 @@ from training.run import load_run
 Engine = Literal["numpy", "torch"]
 
 LARGE = 50_000_000  # parameters, from which on a model is sampled in the dtype of its weights
-PATIENCE = 1.0  # seconds in which something must come from a pipe that nobody asked to be read
 
 
 def load_for_sampling(folder: Path) -> tuple[GPTConfig, Params, Tokenizer]:
@@ -128,35 +131,15 @@ def show_sample(folder: Path, engine: Engine) -> None:
     print(f"\nmore of it:\n    python sample.py {shlex.quote(str(folder))} --engine {engine} --max-new-tokens 1000")
 
 
-def piped_prompt() -> str | None:
-    """The text on standard input if it is a pipe or a file, as it stands. Raises UserError if it is not UTF-8.
-
-    Who starts a program from another one often leaves it a pipe that nobody will ever write to, nor close.
-    """
-    if sys.stdin is None:
-        return None
-    mode = os.fstat(sys.stdin.fileno()).st_mode
-    if not (stat.S_ISFIFO(mode) or stat.S_ISREG(mode)):
-        return None
-    if os.name == "posix" and not select.select([sys.stdin], [], [], PATIENCE)[0]:
-        print("nothing comes from standard input, so on without a prompt; --prompt - would wait", file=sys.stderr)
-        return None
-    return read_prompt()
-
-
 def read_prompt() -> str:
-    """All of standard input. Raises UserError if it is closed, or not UTF-8."""
+    """All of standard input, however long it takes. Raises UserError if it is closed, or not UTF-8."""
     if sys.stdin is None:
         raise UserError("no prompt: standard input is closed")
-    try:
-        return sys.stdin.buffer.read().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"the prompt on standard input is not UTF-8: {error.reason} at byte {error.start}") from error
+    return check_text(sys.stdin.buffer.read(), "the prompt on standard input").decode()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    import tyro
 
     def arguments(
         run: Annotated[Path, tyro.conf.Positional],
@@ -172,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         Args:
             run: the folder that a trainer kept its run in.
-            prompt: the text to continue; - reads it from standard input, as does a pipe when there is no --prompt.
+            prompt: the text to continue; - reads all of standard input, which nothing else does.
             max_new_tokens: how many tokens to add.
             temperature: divides the logits; below 1 is bolder, 0 always takes the likeliest token.
             top_k: draw from the k likeliest tokens only.
@@ -194,8 +177,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse(arguments, "sample.py", argv)
     if options["prompt"] == "-":
         options["prompt"] = read_prompt()
-    elif options["prompt"] is None:
-        options["prompt"] = piped_prompt()
+    elif options["prompt"] is not None:
+        options["prompt"] = normalize_text(options["prompt"])
     write_samples(**options)
     return 0
 

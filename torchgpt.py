@@ -271,3 +271,12 @@ def sample(logits: Tensor, temperature: float, top_k: int | None, rng: np.random
     threshold = torch.from_numpy(rng.random(len(logits)))[:, None] * total
     threshold = torch.minimum(threshold, total.nextafter(torch.zeros(())))
     return torch.searchsorted(cdf, threshold, right=True)[:, 0]
+
+
+def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """The model's parameters in two groups for torch.optim: as in numpygpt's AdamW, only matrices decay."""
+    params = list(model.parameters())
+    return [
+        {"params": [param for param in params if param.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [param for param in params if param.ndim < 2], "weight_decay": 0.0},
+    ]

@@ -21,9 +21,15 @@ from collections.abc import Sequence
 for blas in ("OPENBLAS", "MKL", "VECLIB"):  # training.parallel has threads of its own, which pay better
     os.environ.setdefault(f"{blas}_NUM_THREADS", "1")
 
+from common.startup import explain_failed_imports
+
+if __name__ == "__main__":
+    explain_failed_imports()
+
 import numpy as np
 
 from common.cli import run_program
+from common.cores import usable_cores
 from common.errors import UserError
 from numpygpt import GPT, AdamW, GPTConfig, Params, clip_grad_norm
 from training.batches import Batch, read_windows, step_rng
@@ -50,8 +56,7 @@ class NumpyEngine:
         self.gpt = GPT(model, seed=training.seed, dtype=dtype)
         betas = (training.beta1, training.beta2)
         self.optimizer = AdamW(self.gpt.params, betas=betas, weight_decay=training.weight_decay)
-        self.seed, self.grad_clip, self.ema = training.seed, training.grad_clip or math.inf, training.ema
-        self.averaged = GPT(model, self.gpt.params, dtype=dtype) if self.ema else self.gpt
+        self.seed, self.grad_clip = training.seed, training.grad_clip or math.inf
 
     def train_step(self, step: int, micro_batches: Sequence[Batch], lr: float) -> tuple[float, float]:
         """Forward, backward, clip, update: see training.loop.Engine."""
@@ -67,10 +72,6 @@ class NumpyEngine:
             broken = [name for name, grad in total_grads.items() if not np.isfinite(grad).all()]
             raise ValueError(f"not finite: {f'the gradient of {broken[0]}' if broken else 'the loss, or the norm'}")
         self.optimizer.step(total_grads, lr)
-        if self.ema:
-            rate = max(1 - self.ema, 9 / (10 + self.optimizer.t))  # 1 - d, see training.loop.Engine.loss
-            for name, average in self.averaged.params.items():
-                average += rate * (self.gpt.params[name] - average)
         return total_loss, norm
 
     def check(self) -> None:
@@ -83,20 +84,16 @@ class NumpyEngine:
         return read_windows(tokens, starts, T)
 
     def loss(self, idx: np.ndarray, targets: np.ndarray) -> float:
-        return loss_in_parts(self.averaged, idx, targets, threads=self.threads)
+        return loss_in_parts(self.gpt, idx, targets, threads=self.threads)
 
     def num_params(self) -> int:
         return self.gpt.num_params()
 
-    def save(self) -> tuple[Params, Params, Params, int, Params | None]:
-        average = self.averaged.params if self.ema else None
-        return self.gpt.params, self.optimizer.m, self.optimizer.v, self.optimizer.t, average
+    def save(self) -> tuple[Params, Params, Params, int]:
+        return self.gpt.params, self.optimizer.m, self.optimizer.v, self.optimizer.t
 
-    def load(self, weights: Params, m: Params, v: Params, t: int, average: Params | None = None) -> None:
-        pairs = [(self.gpt.params, weights), (self.optimizer.m, m), (self.optimizer.v, v)]
-        if self.ema:
-            pairs.append((self.averaged.params, average or weights))
-        for mine, loaded in pairs:
+    def load(self, weights: Params, m: Params, v: Params, t: int) -> None:
+        for mine, loaded in ((self.gpt.params, weights), (self.optimizer.m, m), (self.optimizer.v, v)):
             for name, array in mine.items():
                 array[...] = loaded[name]
         self.optimizer.t = t
@@ -120,7 +117,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     warnings.simplefilter("ignore", RuntimeWarning)  # NumPy's of NaN and infinity, at which the engine stops anyway
     with open_run(flags, "numpy", check) as run:
-        engine = NumpyEngine(run.model, run.training, flags.run.threads or os.cpu_count())
+        threads = flags.run.threads or usable_cores()
+        print(f"computing in {threads} thread{'s' * (threads > 1)}")
+        engine = NumpyEngine(run.model, run.training, threads)
         stopped_by = train(engine, run)
     if stopped_by is not None:
         return 128 + stopped_by

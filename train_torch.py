@@ -11,7 +11,6 @@ is measured and kept, is training/loop.py, which train_numpy.py runs just the sa
 """
 
 import argparse
-import importlib.util
 import math
 import os
 import platform
@@ -24,23 +23,26 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
-import numpy as np
+from common.startup import explain_failed_imports
 
-if __name__ == "__main__" and importlib.util.find_spec("torch") is None:
-    sys.exit("error: needs the package torch: pip install -r requirements-dev.txt")
+if __name__ == "__main__":
+    explain_failed_imports()
+
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
 from common.cli import run_program
+from common.cores import usable_cores
 from common.errors import UserError
-from numpygpt import GPTConfig, Params, check_batch, check_ids, param_shapes
-from torchgpt import GPT
-from training.batches import Batch, read_windows, step_rng
+from numpygpt import GPTConfig, Params, check_batch, check_ids
+from torchgpt import GPT, decay_groups
+from training.batches import Batch, step_rng
 from training.config import Flags, TrainConfig
 from training.flags import parse_flags
+from training.flops import training_flops_per_token
 from training.loop import train
 from training.memory import check_memory, memory_needed
 from training.run import Run, open_run
@@ -55,9 +57,6 @@ class DeviceFlags:
     graph: bool  # record a whole step as a CUDA graph and replay it: Python no longer holds up the GPU
     pad_vocab: bool  # compute the head in a multiple of 64 columns, a width that tensor cores like
     attention: Literal["sdpa", "explicit"] = "sdpa"  # PyTorch's fused kernel, or softmax(QK')V written out
-    fused: bool = True  # AdamW as one kernel
-    tf32: bool = True  # where a CUDA GPU multiplies float32 matrices, round their entries to TF32
-    corpus_on_device: bool = True  # the training tokens move to the device once, 4 bytes each, and not batch by batch
     recompute: bool = False  # keep only the blocks' inputs for the backward pass: less memory, a third more time
     deterministic: bool = False  # a GPU adds in one order: a seed gives the same bits again, at a lower speed
 
@@ -111,7 +110,7 @@ class TorchEngine:
     def __init__(self, model: GPTConfig, training: TrainConfig, flags: DeviceFlags, team: Team = Team()) -> None:
         dtype = torch.float64 if training.dtype == "float64" else torch.float32
         self.flags, self.device, self.bfloat16 = flags, torch.device(flags.device), training.dtype == "bfloat16"
-        self.seed, self.grad_clip, self.ema = training.seed, training.grad_clip or math.inf, training.ema
+        self.seed, self.grad_clip = training.seed, training.grad_clip or math.inf
         self.team, self.leader = team, team.rank == 0
         on_cpu = self.device.type == "cpu"
         self.gpt = GPT(
@@ -136,22 +135,14 @@ class TorchEngine:
         at_once = min(65_536, 2**28 // model.vocab_size) // model.block_size
         self.eval_batch_size = None if on_cpu else max(1, at_once)
 
-        named = dict(self.gpt.named_parameters())
-        self.average = {name: param.detach().clone() for name, param in named.items()} if self.ema else {}
-        self.decayed = {name: param for name, param in named.items() if param.ndim >= 2}
-        self.others = {name: param for name, param in named.items() if param.ndim < 2}
-        groups = [
-            {"params": list(self.decayed.values()), "weight_decay": training.weight_decay},
-            {"params": list(self.others.values()), "weight_decay": 0.0},
-        ]
         # The rate is a tensor where the step is recorded, or the recording would keep the first step's.
         self.lr = torch.tensor(training.learning_rate, device=self.device) if flags.graph else None
         self.optimizer = torch.optim.AdamW(
-            groups,
+            decay_groups(self.gpt, training.weight_decay),
             training.learning_rate if self.lr is None else self.lr,
             betas=(training.beta1, training.beta2),
             eps=1e-8,
-            fused=flags.fused,
+            fused=True,
             capturable=flags.graph,
         )
         self.update = Recorded(self) if flags.graph else self.update_once
@@ -159,7 +150,7 @@ class TorchEngine:
 
         # To look at a number on a GPU means to wait for it. So the step notes itself where it is not finite, and from
         # then on the fused kernel leaves weights and moments alone; `check` looks, now and then.
-        self.lazy = flags.fused and self.device.type == "cuda"
+        self.lazy = self.device.type == "cuda"
         self.step = torch.zeros((), dtype=torch.int64, device=self.device)
         self.broken = torch.full_like(self.step, -1)
 
@@ -244,21 +235,7 @@ class TorchEngine:
             bad = [name for name, param in self.gpt.named_parameters() if not torch.isfinite(param.grad).all()]
             raise ValueError(f"not finite: {f'the gradient of {bad[0]}' if bad else 'the loss, or the norm'}")
         self.optimizer.step()
-        if self.ema:
-            self.follow()
         return loss, norm
-
-    def follow(self) -> None:
-        """Move the average of the weights towards them, see training.loop.Engine.loss."""
-        weights = [param.detach() for param in self.gpt.parameters()]
-        t = self.optimizer.state[self.gpt.wte.weight]["step"].to(weights[0])
-        rate = (9 / (10 + t)).clamp(min=1 - self.ema)  # 1 - d
-        if self.lazy:
-            rate = rate * (self.broken < 0)
-        averages = list(self.average.values())
-        change = torch._foreach_sub(weights, averages)
-        torch._foreach_mul_(change, rate)
-        torch._foreach_add_(averages, change)
 
     def check(self) -> None:
         """Raises ValueError that names the first step that was not finite. Waits for the device."""
@@ -280,11 +257,7 @@ class TorchEngine:
         """The tokens are checked and move to the device once, and the windows are gathered there."""
         if tokens is not self.source:
             check_ids("the training split", tokens[None], 0, self.gpt.config.vocab_size)
-            self.source = tokens
-            if self.flags.corpus_on_device:
-                self.corpus = torch.from_numpy(np.array(tokens)).to(self.device)
-        if not self.flags.corpus_on_device:
-            return read_windows(tokens, starts, T)
+            self.source, self.corpus = tokens, torch.from_numpy(np.array(tokens)).to(self.device)
         windows = self.corpus.unfold(0, T + 1, 1)[self.to_device(starts)].long()
         return windows[:, :-1], windows[:, 1:]
 
@@ -292,7 +265,7 @@ class TorchEngine:
         check_batch(self.gpt.config, idx, targets)
         batch = self.to_device(idx), self.to_device(targets)
         with torch.no_grad(), without_dropout(self.gpt), full_precision():
-            return functional_call(self.gpt, self.average, batch)[1]
+            return self.gpt(*batch)[1]
 
     def to_device(self, ids: np.ndarray | Tensor) -> Tensor:
         return torch.as_tensor(ids).to(self.device, non_blocking=True)
@@ -304,7 +277,7 @@ class TorchEngine:
     def num_params(self) -> int:
         return self.gpt.num_params()
 
-    def save(self) -> tuple[Params, Params, Params, int, Params | None]:
+    def save(self) -> tuple[Params, Params, Params, int]:
         m, v, t = {}, {}, 0
         for name, param in self.gpt.named_parameters():
             state = self.optimizer.state.get(param)  # nothing before the first step
@@ -312,22 +285,20 @@ class TorchEngine:
             v[name] = to_numpy(state["exp_avg_sq"] if state else torch.zeros_like(param))
             t = int(state["step"]) if state else 0
         weights = {name: to_numpy(param) for name, param in self.gpt.named_parameters()}
-        average = {name: to_numpy(tensor) for name, tensor in self.average.items()}
-        return weights, m, v, t, average or None
+        return weights, m, v, t
 
-    def load(self, weights: Params, m: Params, v: Params, t: int, average: Params | None = None) -> None:
+    def load(self, weights: Params, m: Params, v: Params, t: int) -> None:
         self.gpt.load_state_dict({name: torch.from_numpy(weight) for name, weight in weights.items()})
+        names, groups = {param: name for name, param in self.gpt.named_parameters()}, self.optimizer.param_groups
         state = {
             number: {
                 "step": torch.tensor(float(t)),
                 "exp_avg": torch.from_numpy(m[name]),
                 "exp_avg_sq": torch.from_numpy(v[name]),
             }
-            for number, name in enumerate([*self.decayed, *self.others])  # as the groups count them
+            for number, name in enumerate(names[param] for group in groups for param in group["params"])
         }
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
-        for name, tensor in self.average.items():
-            tensor.copy_(torch.from_numpy((average or weights)[name]))
         if self.flags.graph:
             self.update = Recorded(self)  # a recording made before would go on with the moments of before
 
@@ -358,7 +329,7 @@ class Recorded:
         """Run the step a few times on the side, so that all is compiled and allocated; record it; undo it all."""
         engine = self.engine
         moments = [tensor for state in engine.optimizer.state.values() for tensor in state.values()]
-        tensors = [*engine.gpt.parameters(), *engine.average.values(), engine.broken, *moments]
+        tensors = [*engine.gpt.parameters(), engine.broken, *moments]
         before = [tensor.detach().clone() for tensor in tensors]
         self.batch = [ids.clone() for ids in batch]
         side = torch.cuda.Stream()
@@ -448,7 +419,6 @@ def settle(flags: TorchFlags, team: Team) -> TorchFlags:
         raise UserError(f"--graph records the work of one process, not of {team.size}: choose --no-graph")
     unrecorded = {
         "float64": dtype == "float64",
-        "a plain AdamW": not device.fused,
         "recomputed dropout": device.recompute and flags.model.dropout > 0,  # sets the generator back
     }
     if device.graph and any(unrecorded.values()):
@@ -460,27 +430,18 @@ def settle(flags: TorchFlags, team: Team) -> TorchFlags:
 
 def describe(run: Run, flags: DeviceFlags, team: Team) -> None:
     """Say what was chosen; and where there is no GPU, what that means."""
-    modes = ["compiled" if flags.compile else "eager", f"{'fused' if flags.fused else 'plain'} AdamW"]
+    modes = ["compiled" if flags.compile else "eager"]
     modes += ["CUDA graph"] * flags.graph + ["padded head"] * flags.pad_vocab + ["recomputed blocks"] * flags.recompute
     modes += [f"{team.size} processes"] * (team.size > 1)
     print(f"device {flags.device}, {run.training.dtype}, {', '.join(modes)}")
     made = run.checkpoint.state.step if run.checkpoint else 0
     steps, tokens = run.training.max_steps - made, run.training.batch_size * run.model.block_size
-    hours = steps * tokens * flops_per_token(run.model) / 1e11 / 3600
+    hours = steps * tokens * training_flops_per_token(run.model) / 1e11 / 3600
     if flags.device == "cpu" and hours > 0.5:
         print(
             f"no GPU: {steps:,} steps of {tokens:,} tokens would take about {hours:,.0f} hours at 100 GFLOP/s, a rate "
             "that two CPU cores may reach; --preset small takes minutes"
         )
-
-
-def flops_per_token(model: GPTConfig) -> int:
-    """Floating-point operations to learn from one token: 6 for each weight of a matrix product, and attention's.
-
-    Chowdhery et al. 2022 (PaLM), appendix B; position embeddings multiply nothing and are left out.
-    """
-    weights = sum(math.prod(shape) for name, shape in param_shapes(model).items() if name != "wpe.weight")
-    return 6 * weights + 12 * model.n_layer * model.n_embd * model.block_size
 
 
 def check_gpus(team: Team) -> None:
@@ -549,9 +510,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         if flags.device.device == "cuda" and team.size > 1:
             check_gpus(team)
-        if flags.run.threads is not None:
-            torch.set_num_threads(flags.run.threads)
-        torch.set_float32_matmul_precision("high" if flags.device.tf32 else "highest")
+        # PyTorch's own number respects taskset and OMP_NUM_THREADS, but not the quota of a container.
+        torch.set_num_threads(flags.run.threads or min(torch.get_num_threads(), usable_cores()))
+        torch.set_float32_matmul_precision("high" if flags.device.device == "cuda" else "highest")  # high: TF32
         be_deterministic(flags.device.deterministic)
         try:
             with open_together(flags, team) as run:

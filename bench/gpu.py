@@ -13,7 +13,6 @@ the rounds of the ratio within each. A contender that fails, or has to do withou
 """
 
 import gc
-import importlib.util
 import math
 import statistics
 import sys
@@ -24,10 +23,12 @@ from functools import partial
 from itertools import pairwise
 from typing import Literal
 
-import numpy as np
+from common.startup import explain_failed_imports
 
-if __name__ == "__main__" and importlib.util.find_spec("torch") is None:
-    sys.exit("error: needs the package torch: pip install -r requirements-dev.txt")
+if __name__ == "__main__":
+    explain_failed_imports()
+
+import numpy as np
 import torch
 
 from common.cli import parse, run_program
@@ -35,11 +36,12 @@ from common.errors import UserError
 from data.corpus import Corpus, load_corpus
 from data.tokenizers import CharTokenizer
 from numpygpt import GPTConfig
-from torchgpt import GPT
-from train_torch import DeviceFlags, TorchEngine, first_line, flops_per_token
+from torchgpt import GPT, decay_groups
+from train_torch import DeviceFlags, TorchEngine, first_line
 from training.batches import Batches
 from training.config import PRESETS, TrainConfig, learning_rate
 from training.evaluate import evaluate
+from training.flops import training_flops_per_token
 
 # Dense bfloat16 matrix rate in FLOP/s, without sparsity, from the vendor's data sheets.
 PEAKS = {
@@ -115,9 +117,7 @@ def plain_updates(
     gpt = GPT(model, pad_vocab_to=64 if model.vocab_size > 1000 else 1, checked=False).to(device).train()
     if compiled:
         gpt = torch.compile(gpt, dynamic=False)
-    decayed = [p for p in gpt.parameters() if p.ndim >= 2]
-    groups = [{"params": decayed}, {"params": [p for p in gpt.parameters() if p.ndim < 2], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.1, fused=True)
+    optimizer = torch.optim.AdamW(decay_groups(gpt, 0.1), betas=(0.9, 0.99), fused=True)
     batches, done = Batches(tokens, model.block_size, training.batch_size, 1), 0
 
     def send(ids: np.ndarray) -> torch.Tensor:
@@ -210,7 +210,11 @@ def measure(preset: str, options: Options, corpus: Corpus) -> None:
         typical = statistics.median(seconds for _, seconds in turns)
         low, middle, high = np.percentile([base / seconds for base, seconds in turns], (25, 50, 75))
         gain = f"{middle:.2f} ({low:.2f} to {high:.2f})"
-        mfu = f"{flops_per_token(model) * tokens_per_step / typical / peak:.0%}" if peak and "bfloat16" in name else ""
+        mfu = (
+            f"{training_flops_per_token(model) * tokens_per_step / typical / peak:.0%}"
+            if peak and "bfloat16" in name
+            else ""
+        )
         print(
             f"| {preset}: {name} | {typical * 1e3:.2f} | {tokens_per_step / typical:,.0f} | {gain} | {memory} | {mfu} "
             f"| {first:.0f} |",

@@ -24,6 +24,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from common.startup import explain_failed_imports
+
+if __name__ == "__main__":
+    explain_failed_imports()
+
 import numpy as np
 import tyro
 
@@ -32,6 +37,7 @@ from common.cli import parse, run_program
 from common.errors import UserError
 from common.files import write_atomically
 from data.corpus import Corpus, load_corpus
+from data.text import normalize_text
 from data.tokenizers import Tokenizer
 from learn.trace import Trace, trace_numpy
 from numpygpt import GPT, AdamW, GPTConfig, Params, clip_grad_norm
@@ -96,7 +102,7 @@ def load_subject(run: Path, prompt: str | None) -> Subject:
     corpus = own_corpus(settings)
     longest = min(config.block_size, MAX_PROMPT)
     if prompt is not None:
-        ids = tokenizer.encode(prompt).astype(np.int64)
+        ids = tokenizer.encode(normalize_text(prompt)).astype(np.int64)
     elif corpus is not None:
         ids = tokenizer.encode(corpus.val_text[: 4 * longest]).astype(np.int64)[: longest + 1]
     else:
@@ -207,8 +213,8 @@ def draw_mask(subject: Subject) -> "Figure":
     T = 4 * numpygpt.ATTENTION_TILE
     kind = np.zeros((T, T))  # 0 never computed, 1 computed and masked, 2 used
     for queries, keys in numpygpt.causal_tiles(T, T):
-        masked = numpygpt.mask_future(np.zeros((queries.stop - queries.start, keys.stop)))
-        kind[queries, keys] = np.where(np.isneginf(masked), 1, 2)
+        kind[queries, keys] = 1
+    kind[np.tri(T, dtype=bool)] += 1
     right.imshow(kind, cmap="Blues", vmin=0, vmax=3, interpolation="nearest")
     right.set_xticks(np.arange(0, T + 1, T // 4))
     right.set_yticks(np.arange(0, T + 1, T // 4))

@@ -12,6 +12,8 @@ import train_numpy
 import train_torch
 from common.cli import run_program
 from data import verse
+from numpygpt import GPTConfig
+from training.config import TrainConfig
 from training.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,6 +36,16 @@ SMALL = {
     "--log-interval": 1,
     "--threads": 1,
 }
+
+
+def make_engine(
+    kind: str, model: GPTConfig, training: TrainConfig, **device: object
+) -> "train_numpy.NumpyEngine | train_torch.TorchEngine":
+    """What a trainer trains with. device: fields of PyTorch's DeviceFlags, by default the plainest."""
+    if kind == "numpy":
+        return train_numpy.NumpyEngine(model, training, threads=1)
+    plain = {"device": "cpu", "compile": False, "graph": False, "pad_vocab": False}
+    return train_torch.TorchEngine(model, training, train_torch.DeviceFlags(**plain | device))
 
 
 def write_text(folder: Path, num_chars: int = 4000) -> Path:

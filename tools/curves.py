@@ -14,6 +14,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.startup import explain_failed_imports
+
+if __name__ == "__main__":
+    explain_failed_imports()
+
 import numpy as np
 import tyro
 

@@ -20,12 +20,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+from common.startup import explain_failed_imports
+
+if __name__ == "__main__":
+    explain_failed_imports()
+
 import numpy as np
 import tyro
 
 from common.cli import parse, run_program
 from common.errors import UserError
-from common.files import sync_folder, write_new
+from common.files import new_file, sync_folder, write_new
+from common.tensors import write_tensors
 from data.tokenizers import Tokenizer, save
 from numpygpt import GPTConfig, Params
 from tools.sizes import info, num_params
@@ -100,8 +106,6 @@ def write_run(folder: Path, config: GPTConfig, params: Params, tokenizer: Tokeni
     There is no best/: nothing has been measured. The recipe is one for fine-tuning, a rate low and constant; the
     trainers' --resume takes it, with whatever text is to be learned from.
     """
-    from tools.hf import write_tensors
-
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(f"the tokenizer has {tokenizer.vocab_size} tokens, more than the model's {config.vocab_size}")
     recipe = TrainConfig(
@@ -124,8 +128,10 @@ def write_run(folder: Path, config: GPTConfig, params: Params, tokenizer: Tokeni
         last = new / "last"
         last.mkdir()
         hashes = {TOKENIZER: sha256((new / TOKENIZER).read_bytes())}
-        hashes[MODEL] = write_tensors(last / MODEL, params)
-        hashes[OPTIMIZER] = write_tensors(last / OPTIMIZER, moments)
+        for file, arrays in ((MODEL, params), (OPTIMIZER, moments)):
+            with new_file(last / file) as opened:
+                write_tensors(opened, arrays, {})
+            hashes[file] = sha256((last / file).read_bytes())
         write_new(last / STATE, state_json(state, config, hashes))
         sync_folder(last)
         write_config(new, RunConfig("numpy", "gpt2", NO_CORPUS, config, recipe, []))

@@ -13,8 +13,6 @@ from data.bpe import BPETokenizer
 from data.gpt2_bpe import END_OF_TEXT, gpt2_byte_order, gpt2_tokenizer, load_merges
 from data.tokenizers import CharTokenizer, Tokenizer, load
 
-__all__ = ["from_hf", "read_tokenizer", "to_hf"]
-
 TOKENIZER, MERGES, VOCAB = "tokenizer.json", "merges.txt", "vocab.json"
 MAX_BYTES = 32 << 20
 

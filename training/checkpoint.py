@@ -2,8 +2,8 @@
 
 A checkpoint is a folder, last/ or best/, of three files that belong together:
 
-    model.safetensors        the weights; in best/ their running average, if the run keeps one: what was evaluated
-    optimizer.safetensors    AdamW's moments, m.<name> and v.<name>; and that average, ema.<name>
+    model.safetensors        the weights
+    optimizer.safetensors    AdamW's moments, m.<name> and v.<name>
     state.json               the step and what else a run goes on with; the model's sizes; the SHA-256 of its other
                              files, of the run's tokenizer.json, and of itself
 
@@ -81,7 +81,6 @@ class Checkpoint:
     m: Params
     v: Params
     state: State
-    average: Params | None = None  # of the weights, if the run keeps it
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -101,19 +100,17 @@ def save_checkpoints(run: Path, names: Sequence[str], checkpoint: Checkpoint, co
     """save_checkpoint for each name in turn, with what they have in common made ready once."""
     from safetensors.numpy import save  # here: it takes longer to load than --help may take
 
-    kinds = {"m": checkpoint.m, "v": checkpoint.v, "ema": checkpoint.average or {}}
+    kinds = {"m": checkpoint.m, "v": checkpoint.v}
     moments = {f"{kind}.{name}": array for kind, arrays in kinds.items() for name, array in arrays.items()}
     for tensor, array in (checkpoint.weights | moments).items():
         if not np.isfinite(array).all():
             raise ValueError(f"not finite: {tensor}")
-    content = {OPTIMIZER: save(moments)}
-    hashes = {OPTIMIZER: sha256(content[OPTIMIZER]), TOKENIZER: sha256((run / TOKENIZER).read_bytes())}
+    content = {OPTIMIZER: save(moments), MODEL: save(checkpoint.weights)}
+    hashes = {file: sha256(data) for file, data in content.items()} | {
+        TOKENIZER: sha256((run / TOKENIZER).read_bytes())
+    }
+    content[STATE] = state_json(checkpoint.state, config, hashes)
     for name in names:
-        if MODEL not in content or checkpoint.average is not None:
-            averaged = name == "best" and checkpoint.average is not None
-            content[MODEL] = save(checkpoint.average if averaged else checkpoint.weights)
-            hashes[MODEL] = sha256(content[MODEL])
-        content[STATE] = state_json(checkpoint.state, config, hashes)
         put_in_place(run, name, content)
 
 
@@ -186,15 +183,13 @@ def load_checkpoint(folder: Path, config: GPTConfig, dtype: type) -> Checkpoint:
     shapes = param_shapes(config)
     weights = read_tensors(folder / MODEL, shapes, hashes[MODEL], dtype)
     moment_shapes = {f"{moment}.{name}": shape for moment in "mv" for name, shape in shapes.items()}
-    average_shapes = {f"ema.{name}": shape for name, shape in shapes.items()}
-    moments = read_tensors(folder / OPTIMIZER, moment_shapes, hashes[OPTIMIZER], dtype, optional=average_shapes)
+    moments = read_tensors(folder / OPTIMIZER, moment_shapes, hashes[OPTIMIZER], dtype)
     m = {name: moments[f"m.{name}"] for name in shapes}
     v = {name: moments[f"v.{name}"] for name in shapes}
-    average = {name: moments[f"ema.{name}"] for name in shapes} if len(moments) > len(moment_shapes) else None
     for name, second_moment in v.items():
         if (second_moment < 0).any():
             raise UserError(f"{folder / OPTIMIZER}: v.{name} has negative entries, which no mean of squares has")
-    return Checkpoint(weights, m, v, state, average)
+    return Checkpoint(weights, m, v, state)
 
 
 def load_weights(folder: Path, config: GPTConfig) -> Params:
@@ -233,13 +228,11 @@ def read_tensors(
     expected_hash: str,
     dtype: type | None,
     *,
-    optional: Shapes | None = None,
     mapped: bool = False,
 ) -> Params:
     """The tensors of a safetensors file that must have exactly these names and shapes, all of one dtype.
 
     dtype: the one they must have, or None for float32 or float64
-    optional: more of them, which may be there, all or none
     mapped: leave them in the file, as read-only arrays, in place of copying them
 
     Raises UserError that names the file and the tensor.
@@ -247,12 +240,9 @@ def read_tensors(
     from safetensors import SafetensorError, safe_open
     from safetensors.numpy import load
 
-    optional = optional or {}
-    needed = sum(math.prod(shape) for shape in (shapes | optional).values()) * 8 + MAX_HEADER_BYTES
+    needed = sum(math.prod(shape) for shape in shapes.values()) * 8 + MAX_HEADER_BYTES
     content = read_measured(path, "the tensors of this model", needed, mapped)
     header = read_header(path, content)
-    if optional.keys() & header.keys():
-        shapes = shapes | optional
     for name in [*shapes, *header]:
         if name not in header or name not in shapes:
             raise UserError(f"{path}: tensor {shorten(name)} is {'missing' if name in shapes else 'not of this model'}")

@@ -71,7 +71,6 @@ class TrainConfig:
     beta1: float = 0.9  # AdamW's memory of the gradient
     beta2: float = 0.99  # AdamW's memory of the gradient's square
     grad_clip: float = 1.0  # largest global norm of the gradient; 0: off
-    ema: float = 0.0  # decay of a running average of the weights, which is what is evaluated, and kept in best/; 0: off
     estimate_interval: int = 250  # steps between quick estimates of the loss on both splits
     estimate_batches: int = 5  # random batches of each split in such an estimate; 0: no estimates
     log_interval: int = 10  # steps between lines of metrics.jsonl about the training batch
@@ -94,7 +93,7 @@ class TrainConfig:
                 )
         for name in ("learning_rate", "min_lr", "weight_decay", "grad_clip"):
             check_number(self, name)
-        for name in ("beta1", "beta2", "ema"):
+        for name in ("beta1", "beta2"):
             check_number(self, name, below=1)
         if self.min_lr > self.learning_rate:
             raise ValueError(f"min_lr must be at most learning_rate {self.learning_rate}, got {self.min_lr}")
@@ -117,7 +116,7 @@ class RunFlags:
     run_dir: str | None = None  # folder to keep the run in; None: runs/<engine>-<preset>
     overwrite: bool = False  # replace the run that is in the folder
     resume: str | None = None  # go on with the run in this folder; its configuration takes the place of the preset
-    threads: int | None = None  # CPU threads; None: as many as there are cores
+    threads: int | None = None  # CPU threads; None: as many as the cores that this process may use
 
     def __post_init__(self) -> None:
         """Raises ValueError that names the field."""

@@ -61,22 +61,17 @@ class Engine(Protocol):
         ...
 
     def loss(self, idx: np.ndarray, targets: np.ndarray) -> SupportsFloat:
-        """idx, targets (B, T) -> mean loss in nats, without dropout, in the precision of the weights.
-
-        If a running average of the weights is kept (TrainConfig.ema), it is the average's loss: after each update
-        average += (1 - d) (weight - average), with d = min(ema, (1 + t) / (10 + t)) after t updates, as in
-        TensorFlow's ExponentialMovingAverage.
-        """
+        """idx, targets (B, T) -> mean loss in nats, without dropout, in the precision of the weights."""
         ...
 
     def num_params(self) -> int: ...
 
-    def save(self) -> tuple[Params, Params, Params, int, Params | None]:
-        """Weights, AdamW's moments m and v, its count of steps t, and the average of the weights, if one is kept."""
+    def save(self) -> tuple[Params, Params, Params, int]:
+        """Weights, AdamW's moments m and v, and its count of steps t."""
         ...
 
-    def load(self, weights: Params, m: Params, v: Params, t: int, average: Params | None = None) -> None:
-        """What `save` returned, in either engine. An average that is to be kept, but was not, begins at the weights."""
+    def load(self, weights: Params, m: Params, v: Params, t: int) -> None:
+        """What `save` returned, in either engine."""
         ...
 
 
@@ -92,7 +87,7 @@ def train(engine: Engine, run: Run) -> int | None:
     state = State(step=0, t=0, best_step=None, best_loss=None, seconds=0.0, engine=run.engine)
     if run.checkpoint is not None:
         state = dataclasses.replace(run.checkpoint.state, engine=run.engine)
-        engine.load(run.checkpoint.weights, run.checkpoint.m, run.checkpoint.v, state.t, run.checkpoint.average)
+        engine.load(run.checkpoint.weights, run.checkpoint.m, run.checkpoint.v, state.t)
     run.batches.read = engine.windows
     if engine.leader:
         introduce(engine, run, state)
@@ -205,8 +200,8 @@ def say(bar: "tqdm", line: str) -> None:
 def save(engine: Engine, run: Run, state: State, metrics: MetricsWriter) -> None:
     """last/, and best/ if this is it. In this order: a run that is resumed makes up for a best/ that is missing."""
     metrics.sync()  # the lines up to a checkpoint are on the disk before it is
-    weights, m, v, t, average = engine.save()
-    checkpoint = Checkpoint(weights, m, v, dataclasses.replace(state, t=t), average)
+    weights, m, v, t = engine.save()
+    checkpoint = Checkpoint(weights, m, v, dataclasses.replace(state, t=t))
     names = ["last", "best"] if state.best_step == state.step else ["last"]
     save_checkpoints(run.folder, names, checkpoint, run.model)
 
@@ -222,8 +217,6 @@ def introduce(engine: Engine, run: Run, state: State) -> None:
     print(f"{config.data}: {len(run.batches.tokens):,} tokens to learn from, {len(run.val_tokens):,} to validate on")
     print("to beat: " + ", ".join(f"{name} {loss:.4f}" for name, loss in run.yardsticks.items()) + " nats per token")
     print(f"{'going on' if state.step else 'keeping the run'} in {run.folder}, step {state.step} of {config.max_steps}")
-    if config.ema and run.checkpoint is not None and run.checkpoint.average is None:
-        print("the run kept no average of its weights until now: it begins at the weights as they are")
 
 
 def conclude(run: Run, state: State, spans: Sequence[float]) -> None:

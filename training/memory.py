@@ -36,8 +36,7 @@ def memory_needed(
     """
     number = 8 if training.dtype == "float64" else 4
     activation = 2 if training.dtype == "bfloat16" else number
-    copies = 4 + (training.ema > 0)  # weights, gradients, both moments, the average
-    state = copies * sum(math.prod(shape) for shape in param_shapes(model).values())
+    state = 4 * sum(math.prod(shape) for shape in param_shapes(model).values())  # weights, gradients, both moments
     rows = -(-training.batch_size // (training.grad_accum * processes)) * model.block_size
     # What the backward pass needs of each block: some 16 arrays of C channels; and three of the logits' size.
     block = 16 * model.n_embd + scores_kept * model.n_head * model.block_size

@@ -258,10 +258,7 @@ def read_config(folder: Path) -> RunConfig:
         )
     model = build(GPTConfig, content.get("model"), path)
     build(ModelFlags, asdict(model), path)  # which knows what sizes are out of reach
-    training = content.get("training")
-    if type(training) is dict:
-        training = {"ema": 0.0} | training  # runs begun before there was an average of the weights have none
-    training = build(TrainConfig, training, path)
+    training = build(TrainConfig, content.get("training"), path)
     return build(RunConfig, content | {"model": model, "training": training}, path)
 
 

@@ -5,6 +5,7 @@ import hashlib
 import http.client
 import io
 import os
+import re
 import socket
 import stat
 import subprocess
@@ -21,7 +22,7 @@ from hypothesis import strategies as st
 import data
 from common.errors import UserError
 from common.files import read_bytes, write_atomically
-from data import corpus, verse
+from data import corpus, text, verse
 from data.corpus import Corpus, load_corpus
 
 CONTENT = b"Hear me, and I shall tell thee what I know.\n" * 40
@@ -154,6 +155,28 @@ def test_byte_order_marks_and_windows_line_ends_go_and_nothing_else(tmp_path, co
     loaded = load_corpus(str(path))
     assert loaded.text == text
     assert loaded.sha256 == hashlib.sha256(content).hexdigest()
+
+
+@given(st.text(alphabet="a\r\n\ufeffé🙂\ud800"))
+def test_a_text_is_normalised_alike_as_bytes_and_as_characters(content):
+    expected = re.sub("\r\n", "\n", re.sub("^\ufeff", "", content))
+    assert text.normalize_text(content) == expected
+    if "\ud800" not in content:
+        assert text.normalize(content.encode()) == expected.encode()
+
+
+@given(st.text(), st.binary(max_size=3), st.text(), st.integers(4, 9))
+def test_whether_a_text_is_utf8_is_seen_block_by_block(before, odd, after, size):
+    content = before.encode() + odd + after.encode()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(text, "BLOCK_BYTES", size)
+        try:
+            content.decode()
+        except UnicodeDecodeError as error:
+            with pytest.raises(UserError, match=f"byte {content[error.start]:#04x} at offset {error.start} "):
+                text.check_text(content, "it")
+        else:
+            assert text.check_text(content, "it") == text.normalize(content)
 
 
 @pytest.mark.parametrize(

@@ -242,6 +242,7 @@ def test_numbers_of_numpy_in_a_config_become_those_of_python() -> None:
     """A failure: a config made of what np.max or a DataFrame gave cannot be saved as JSON."""
     fields = {name: np.int64(value) for name, value in vars(CONFIG).items() if name not in ("dropout", "bias")}
     config = GPTConfig(**fields, dropout=np.float32(0.5), bias=np.bool_(False))
+    assert {type(value) for value in vars(config).values()} == {int, float, bool}
     assert json.loads(json.dumps(vars(config))) == {**vars(CONFIG), "dropout": 0.5, "bias": False}
     assert type(GPTConfig(**{**vars(CONFIG), "dropout": 0}).dropout) is float
 

@@ -1,10 +1,8 @@
 """The trainers' command lines: what they print, what they keep, and what they say when something is wrong."""
 
-import importlib.util
 import json
 import os
 import re
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -55,7 +53,7 @@ def test_a_whole_run_and_a_sample_of_it(engine: str, tmp_path: Path) -> None:
     ):
         assert expected in done.stdout
     if engine == "torch":
-        assert "device cpu, float32, eager, fused AdamW" in done.stdout
+        assert "device cpu, float32, eager" in done.stdout
     kept = sorted(str(path.relative_to(tmp_path / "a run")) for path in (tmp_path / "a run").rglob("*"))
     checkpoint = ["model.safetensors", "optimizer.safetensors", "state.json"]
     checkpoints = [name for folder in ("best", "last") for name in (folder, *(f"{folder}/{f}" for f in checkpoint))]
@@ -130,7 +128,7 @@ def test_help_is_complete_and_grouped(program: str) -> None:
     flags += ["--weight-decay", "--beta1", "--beta2", "--grad-clip", "--eval-interval", "--log-interval", "--seed"]
     flags += ["--dtype", "--preset {tiny,small,full,gpt2}", "--run-dir", "--resume", "--overwrite", "--threads"]
     if program == "train_torch.py":
-        flags += ["device options", "--device {cpu,cuda,mps}", "--compile, --no-compile", "--fused, --no-fused"]
+        flags += ["device options", "--device {cpu,cuda,mps}", "--compile, --no-compile", "--recompute, --no-recompute"]
     for flag in flags:
         assert flag in shown, flag
     assert "(default: 50257)" in shown, "the defaults are those of the preset asked for"
@@ -162,6 +160,61 @@ def test_what_a_terminal_cannot_show_is_written_as_its_number(tmp_path: Path) ->
         "sample.py", tmp_path / "λόγος", "--max-new-tokens", 20, env=os.environ | {"PYTHONIOENCODING": "utf-8"}
     )
     assert "\\" not in shown.stdout
+
+
+@pytest.mark.parametrize(
+    "env",
+    [
+        *({"PYTHONIOENCODING": f"ascii:{errors}"} for errors in ("strict", "surrogateescape", "surrogatepass")),
+        {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+        {"PYTHONIOENCODING": "utf-8:strict"},
+    ],
+    ids=str,
+)
+def test_escapes_whatever_the_streams_error_handler_is(env: dict[str, str]) -> None:
+    """On both streams; half of a surrogate pair is what no encoding can write."""
+    code = (
+        "import sys; from common.cli import run_program\ndef main():\n for stream in (sys.stdout, sys.stderr):\n"
+        "  print('\\u03b1\\ud800', file=stream)\n return 0\nsys.exit(run_program(main))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | env, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    alpha = "\u03b1".encode() if "utf-8" in str(env) else b"\\u03b1"
+    assert done.stdout.splitlines() == done.stderr.splitlines() == [alpha + b"\\ud800"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "hint"),
+    [
+        (["--prompt", "-x y"], "If '-x y' is the value, write --prompt='-x y' (see"),
+        (["--prompt", "-x"], "If '-x' is the value, write --prompt=-x (see"),
+        (["--prompt", "--seed", "3"], "Expected 1 values. (see"),
+        (["--prompt"], "Expected 1 values. (see"),
+    ],
+)
+def test_a_value_that_begins_with_a_hyphen(argv: list[str], hint: str, capsys: pytest.CaptureFixture) -> None:
+    assert run_program(lambda: sample.main(["runs/x", *argv])) == 2
+    assert hint in one_line(capsys.readouterr().err)
+
+
+def test_a_home_folder_is_found_in_every_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """A shell expands ~ at the beginning of a word only. A text that begins with it stays as it is."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    write_text(tmp_path)
+    few = arguments(SMALL | {"--max-steps": 1, "--decay-steps": 3})
+    assert run("numpy", [*few, "--data=~/text.txt", "--run_dir=~/run"]) == 0
+    assert read_config(tmp_path / "run").training.data == str(tmp_path / "text.txt")
+    assert run("numpy", ["--resume=~/run", "--max-steps", "2", "--threads", "1"]) == 0
+    assert data.tokenizers.main(["train", "--data", "~/text.txt", "--vocab-size", "257", "--out=~/bpe.json"]) == 0
+    assert run("numpy", [*few, "--data=~/text.txt", "--run-dir", "~/bpe", "--tokenizer=~/bpe.json"]) == 0
+    assert {"run", "bpe", "bpe.json"} <= {path.name for path in tmp_path.iterdir()}
+    capsys.readouterr()
+    assert run_program(lambda: sample.main(["bpe", "--prompt=~/x", "--max-new-tokens", "0"])) == 0
+    assert capsys.readouterr().out == "~/x\n"
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -388,11 +441,35 @@ def test_an_interrupted_command_says_nothing(
     assert capsys.readouterr() == ("", "")
 
 
+EVERY_PROGRAM = [
+    *(["train_numpy.py"], ["train_torch.py"], ["sample.py"], ["bigram.py"], ["-m", "data.corpus"]),
+    *(["-m", "data.tokenizers"], ["-m", "learn.trace"], ["-m", "learn.pictures"], ["-m", "tools.export"]),
+    *(["-m", "tools.curves"], ["-m", "bench.cpu"], ["-m", "bench.gpu"], ["-m", "bench.subwords"]),
+]
+
+
+@pytest.mark.parametrize("argv", EVERY_PROGRAM, ids=lambda argv: argv[-1])
+def test_with_nothing_installed_every_program_says_what_to_install(argv: list[str]) -> None:
+    """-S: without site-packages, there is nothing but Python."""
+    done = subprocess.run([sys.executable, "-S", *argv, "--help"], cwd=ROOT, capture_output=True, encoding="utf-8")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert re.fullmatch("error: needs the package (numpy|tyro): pip install -r requirements.txt\n", done.stderr)
+
+
 @pytest.mark.parametrize("program", ["train_torch.py", "bench/gpu.py"])
-def test_what_is_all_pytorch_says_so_where_there_is_none(program: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit, match=r"^error: needs the package torch: pip install -r requirements-dev\.txt$"):
-        runpy.run_path(str(ROOT / program), run_name="__main__")
+def test_what_is_all_pytorch_says_so_where_there_is_none(program: str) -> None:
+    code = "import runpy, sys; sys.modules['torch'] = None; runpy.run_path(sys.argv[1], run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code, program], cwd=ROOT, capture_output=True, encoding="utf-8")
+    assert done.returncode == 1
+    assert done.stderr == "error: needs the package torch: pip install -r requirements-dev.txt\n"
+
+
+def test_an_import_that_is_a_bug_is_a_traceback_and_one_that_is_interrupted_says_nothing() -> None:
+    begin = "from common.startup import explain_failed_imports as e; e(); "
+    for then, said in (("import data.no_such", "ModuleNotFoundError"), ("raise KeyboardInterrupt", "")):
+        done = subprocess.run([sys.executable, "-c", begin + then], cwd=ROOT, capture_output=True, encoding="utf-8")
+        assert done.returncode != 0
+        assert (said in done.stderr) if said else done.stderr == ""
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -35,6 +35,7 @@ from tests.helpers import ROOT, Arrays, random_weights, train_config
 from tools import export, sizes
 from tools.hf import PICKLES
 from training.checkpoint import load_weights, locate
+from training.flops import forward_flops_per_token
 from training.run import NO_CORPUS, RunConfig, load_run, read_config, write_config
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may look for anything anywhere else
@@ -594,7 +595,7 @@ def test_the_operations_are_those_that_pytorch_counts() -> None:
             loss.backward()
         future = config.n_layer * 4 * config.n_embd * (T - (T + 1) / 2)
         windows = dataclasses.replace(config, block_size=T)
-        assert forward.get_total_flops() == T * (sizes.flops_per_token(windows) + future)
+        assert forward.get_total_flops() == T * (forward_flops_per_token(windows) + future)
         assert backward.get_total_flops() == 2 * forward.get_total_flops()
 
 

@@ -25,7 +25,7 @@ from training.run import locked, read_config
 from training.stopping import Stopping
 
 STEPS = SMALL["--max-steps"]
-EVERYTHING_ON = {"dropout": 0.2, "grad_accum": 4, "ema": 0.9}  # 6 sequences in 4 uneven parts
+EVERYTHING_ON = {"dropout": 0.2, "grad_accum": 4}  # 6 sequences in 4 uneven parts
 
 
 @pytest.fixture(scope="module")
@@ -113,9 +113,8 @@ def test_a_run_that_crashes_goes_back_to_its_checkpoint(
     assert content(tmp_path / "run") == content(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("ema", [0.0, 0.9])
-def test_across_engines_and_back(ema: float, text: Path, tmp_path: Path, at_step: Callable) -> None:
-    flags = {"dtype": "float64", "grad_accum": 4, "ema": ema}
+def test_across_engines_and_back(text: Path, tmp_path: Path, at_step: Callable) -> None:
+    flags = {"dtype": "float64", "grad_accum": 4}
     assert start("numpy", text, tmp_path / "whole", **flags) == 0
     for first, second in (ENGINES, ENGINES[::-1]):
         run_dir = tmp_path / first
@@ -244,7 +243,7 @@ def test_the_corpus_may_move_but_not_change(
 
 
 def test_best_is_made_up_for_if_the_crash_came_before_it(text: Path, tmp_path: Path, at_step: Callable) -> None:
-    assert start("numpy", text, tmp_path / "run", eval_interval=STEPS, ema=0.9) == 0
+    assert start("numpy", text, tmp_path / "run", eval_interval=STEPS) == 0
     before = content(tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "best")
     assert resume("numpy", tmp_path / "run") == 0

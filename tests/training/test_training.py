@@ -82,8 +82,6 @@ def test_presets_are_the_documented_models() -> None:
         ("min_lr", 1.0),
         ("beta1", 1.0),
         ("beta2", -0.1),
-        ("ema", 1.0),
-        ("ema", -0.1),
         ("weight_decay", -0.1),
         ("grad_clip", math.inf),
         ("eval_interval", 0),
@@ -322,7 +320,7 @@ def test_numbers_that_are_not_finite_stop_before_the_update(kind: str, broken: s
     engine = make_engine(kind)
     batch = tuple(np.random.default_rng(5).integers(MODEL.vocab_size, size=(2, 4, 8)))
     engine.train_step(0, [batch], 1e-3)
-    weights, m, v, t, _ = engine.save()
+    weights, m, v, t = engine.save()
     weights = {name: weight.copy() for name, weight in weights.items()}
     weights[broken].flat[3] = np.inf
     engine.load(weights, m, v, t)
@@ -357,7 +355,7 @@ def test_compile_that_fails_is_given_up(capsys: pytest.CaptureFixture, monkeypat
         return call
 
     monkeypatch.setattr(torch, "compile", broken_compile)
-    engine = TorchEngine(MODEL, TRAINING, dataclasses.replace(CPU, compile=True, fused=False))
+    engine = TorchEngine(MODEL, TRAINING, dataclasses.replace(CPU, compile=True))
     batch = tuple(np.random.default_rng(5).integers(MODEL.vocab_size, size=(2, 4, 8)))
     losses = [engine.train_step(step, [batch], 1e-2)[0] for step in range(2)]
     assert losses[0] == make_engine("torch").train_step(0, [batch], 1e-2)[0]
