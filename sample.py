@@ -1,6 +1,7 @@
 """Text from a trained GPT, with either engine.
 
     python sample.py runs/numpy-small
+    python sample.py runs/numpy-small/last.safetensors
     python sample.py runs/numpy-small --prompt "ROMEO:" --max-new-tokens 500 --temperature 0.8 --top-k 40 --seed 7
     printf "ROMEO:" | python sample.py runs/numpy-small --prompt -
 
@@ -17,10 +18,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Annotated, Literal
 
-from common.startup import explain_failed_imports
+from common.startup import prepare_imports
 
 if __name__ == "__main__":
-    explain_failed_imports()
+    prepare_imports()
 
 import numpy as np
 import tyro
@@ -111,9 +112,14 @@ def write_samples(
             print(f"--- sample {number + 1} of {num_samples}")
         print(prompt or "", end="", flush=True)
         rng = step_rng(seed, number, "sample")
-        new_ids = token_stream(engine, config, weights, ids, rng, temperature, top_k)
-        for piece in tokenizer.stream(islice(new_ids, max_new_tokens)):
-            print(piece, end="", flush=True)
+        try:
+            new_ids = token_stream(engine, config, weights, ids, rng, temperature, top_k)
+            for piece in tokenizer.stream(islice(new_ids, max_new_tokens)):
+                print(piece, end="", flush=True)
+        except UserError:
+            raise
+        except ValueError as error:  # finite weights so large that the logits are not
+            raise UserError(f"{folder} cannot write: {error}") from error
         print()
 
 
@@ -157,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         """Text from a trained GPT, with either engine.
 
         Args:
-            run: the folder that a trainer kept its run in.
+            run: the folder that a trainer kept its run in, or one of the .safetensors files there.
             prompt: the text to continue; - reads all of standard input, which nothing else does.
             max_new_tokens: how many tokens to add.
             temperature: divides the logits; below 1 is bolder, 0 always takes the likeliest token.

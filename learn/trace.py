@@ -25,10 +25,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 from unittest import mock
 
-from common.startup import explain_failed_imports
+from common.startup import prepare_imports
 
 if __name__ == "__main__":
-    explain_failed_imports()
+    prepare_imports()
 
 import numpy as np
 import tyro

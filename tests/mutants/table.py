@@ -595,8 +595,8 @@ TABLE = {
         "test_bench_subwords.py::test_what_follows_from_a_result": [
             (
                 "the bigram's loss is left in nats per token",
-                'self.run.yardsticks["bigram"] * self.bits / self.nats_per_token',
-                'self.run.yardsticks["bigram"]',
+                'self.run.baselines["bigram"] * self.bits / self.nats_per_token',
+                'self.run.baselines["bigram"]',
             ),
             ("a step learns from as many characters as tokens", " / self.tokens_per_char", ""),
         ],
