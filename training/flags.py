@@ -13,6 +13,7 @@ from typing import TypeVar
 from common.cli import expand_home, parse
 from common.errors import UserError
 from training.config import PRESETS, Flags, ModelFlags, RunFlags
+from training.run import read_config
 
 F = TypeVar("F", bound=Flags)
 
@@ -32,8 +33,6 @@ def parse_flags(
     first_look.add_argument("--resume", nargs="?")
     asked, _ = first_look.parse_known_args(argv)
     if asked.resume is not None:
-        from training.run import read_config  # here: it takes longer to load than --help may take
-
         if asked.preset is not None:
             raise UserError("--preset and --resume exclude each other: a run keeps the configuration it has")
         config = read_config(Path(asked.resume))
@@ -42,5 +41,5 @@ def parse_flags(
     else:
         preset = asked.preset if asked.preset in PRESETS else preset
         model, training = PRESETS[preset].model, PRESETS[preset].training
-    default = kind(model, training, RunFlags(preset, resume=asked.resume), **groups)
+    default = kind(model, training, RunFlags(preset, resume=asked.resume), **groups)  # type: ignore[arg-type]  # checked
     return parse(kind, program, argv, description=description, default=default)
