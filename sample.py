@@ -1,6 +1,7 @@
 """Text from a trained GPT, with either engine.
 
     python sample.py runs/numpy-small
+    python sample.py runs/numpy-small/last.safetensors
     python sample.py runs/numpy-small --prompt "ROMEO:" --max-new-tokens 500 --temperature 0.8 --top-k 40 --seed 7
     printf "ROMEO:" | python sample.py runs/numpy-small --prompt -
 
@@ -17,10 +18,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Annotated, Literal
 
-from common.startup import explain_failed_imports
+from common.startup import prepare_imports
 
 if __name__ == "__main__":
-    explain_failed_imports()
+    prepare_imports()
 
 import numpy as np
 import tyro
@@ -32,7 +33,7 @@ from data.tokenizers import Tokenizer
 from numpygpt import GPT, GPTConfig, Params, check_sampling
 from training.batches import step_rng
 from training.parallel import tune_process
-from training.run import load_run
+from training.run import load_run, read_config
 
 Engine = Literal["numpy", "torch"]
 
@@ -86,6 +87,7 @@ def write_samples(
     seed: int,
     num_samples: int,
     engine: Engine,
+    special_tokens: bool = False,
 ) -> None:
     """Print the prompt and what follows it, as it is generated, num_samples times. Raises UserError.
 
@@ -103,15 +105,21 @@ def write_samples(
     except ValueError as error:
         raise UserError(str(error)) from error
     config, weights, tokenizer = load_for_sampling(folder)
-    ids = tokenizer.encode(prompt) if prompt else first_ids(tokenizer)
+    special = tokenizer.special_tokens if special_tokens or read_config(folder).training.special_tokens else ()
+    ids = tokenizer.encode(prompt, allowed_special=special) if prompt else first_ids(tokenizer)
     for number in range(num_samples):
         if num_samples > 1:
             print(f"--- sample {number + 1} of {num_samples}")
         print(prompt or "", end="", flush=True)
         rng = step_rng(seed, number, "sample")
-        new_ids = token_stream(engine, config, weights, ids, rng, temperature, top_k)
-        for piece in tokenizer.stream(islice(new_ids, max_new_tokens)):
-            print(piece, end="", flush=True)
+        try:
+            new_ids = token_stream(engine, config, weights, ids, rng, temperature, top_k)
+            for piece in tokenizer.stream(islice(new_ids, max_new_tokens)):
+                print(piece, end="", flush=True)
+        except UserError:
+            raise
+        except ValueError as error:  # finite weights so large that the logits are not
+            raise UserError(f"{folder} cannot write: {error}") from error
         print()
 
 
@@ -150,11 +158,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         seed: int = 1337,
         num_samples: int = 1,
         engine: Engine = "numpy",
+        special_tokens: bool = False,
     ) -> dict:
         """Text from a trained GPT, with either engine.
 
         Args:
-            run: the folder that a trainer kept its run in.
+            run: the folder that a trainer kept its run in, or one of the .safetensors files there.
             prompt: the text to continue; - reads all of standard input, which nothing else does.
             max_new_tokens: how many tokens to add.
             temperature: divides the logits; below 1 is bolder, 0 always takes the likeliest token.
@@ -162,6 +171,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             seed: of the draws; one seed, one text, whichever engine.
             num_samples: how many texts to write, each with draws of its own.
             engine: what computes the model; the text is the same.
+            special_tokens: read special tokens in the prompt, as <|endoftext|>, as these tokens; always on if the run
+                was trained so.
         """
         return {
             "folder": run,
@@ -172,6 +183,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "seed": seed,
             "num_samples": num_samples,
             "engine": engine,
+            "special_tokens": special_tokens,
         }
 
     options = parse(arguments, "sample.py", argv)

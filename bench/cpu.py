@@ -24,10 +24,10 @@ from dataclasses import dataclass, field
 from multiprocessing import get_context
 from typing import Literal
 
-from common.startup import explain_failed_imports
+from common.startup import prepare_imports
 
 if __name__ == "__main__":
-    explain_failed_imports()
+    prepare_imports()
 
 import numpy as np
 from tqdm import tqdm

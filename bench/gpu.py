@@ -23,10 +23,10 @@ from functools import partial
 from itertools import pairwise
 from typing import Literal
 
-from common.startup import explain_failed_imports
+from common.startup import prepare_imports
 
 if __name__ == "__main__":
-    explain_failed_imports()
+    prepare_imports()
 
 import numpy as np
 import torch
@@ -37,11 +37,12 @@ from data.corpus import Corpus, load_corpus
 from data.tokenizers import CharTokenizer
 from numpygpt import GPTConfig
 from torchgpt import GPT, decay_groups
-from train_torch import DeviceFlags, TorchEngine, first_line
+from train_torch import TorchEngine
 from training.batches import Batches
 from training.config import PRESETS, TrainConfig, learning_rate
 from training.evaluate import evaluate
 from training.flops import training_flops_per_token
+from training.torch_device import DeviceFlags, first_line
 
 # Dense bfloat16 matrix rate in FLOP/s, without sparsity, from the vendor's data sheets.
 PEAKS = {
@@ -88,13 +89,13 @@ def engine_updates(
     """train_torch.py's engine. Raises UserError if it had to do without any of its flags."""
     engine = TorchEngine(model, training, flags)
     batches = Batches(tokens, model.block_size, training.batch_size, 1)
-    batches.read = engine.windows
     done = 0
 
     def update(n: int) -> None:
         nonlocal done
         for step in range(done, done + n):
-            loss, _ = engine.train_step(step, [batches.at(step)], learning_rate(step, training))
+            batch = engine.gather(tokens, batches.starts(step), model.block_size)
+            loss, _ = engine.train_step(step, [batch], learning_rate(step, training))
             if step % 10 == 0:
                 loss.item()
         loss.item()  # wait for all of it
@@ -105,9 +106,9 @@ def engine_updates(
 
 
 def check_flags(engine: TorchEngine, flags: DeviceFlags) -> None:
-    """Raises UserError if the engine had to do without any of its flags: then its speed is another's."""
+    """Raises UserError if the engine had to do without torch.compile: then its speed is another's."""
     if engine.flags != flags:
-        raise UserError("it went on without the CUDA graph or torch.compile")
+        raise UserError("it continued without torch.compile")
 
 
 def plain_updates(
@@ -165,7 +166,7 @@ def contenders(
 ) -> dict[str, Callable[[], Callable[[int], None]]]:
     """What makes each, by name."""
     cuda = device == "cuda"
-    eager = DeviceFlags(device, compile=False, graph=False, pad_vocab=cuda)
+    eager = DeviceFlags(device, pad_vocab=cuda)
     modes = {"eager": eager, "compiled": replace(eager, compile=True)}
     if cuda:
         modes["captured"] = replace(eager, compile=True, graph=True)
@@ -268,14 +269,14 @@ def train_once(seed: int, options: Options, corpus: Corpus, look_every: int = 50
     training = replace(training, dtype="bfloat16", seed=seed)
     val_tokens = CharTokenizer.from_text(corpus.text).encode(corpus.val_text)
     cuda = options.device == "cuda"
-    flags = DeviceFlags(options.device, compile=cuda, graph=cuda, pad_vocab=cuda)
+    flags = DeviceFlags(options.device, compile=cuda, pad_vocab=cuda)
     start = time.perf_counter()
     engine = TorchEngine(model, training, flags)
     batches = Batches(tokens, model.block_size, training.batch_size, seed)
-    batches.read = engine.windows
 
     def update(step: int) -> torch.Tensor:
-        return engine.train_step(step, [batches.at(step)], learning_rate(step, training))[0]
+        batch = engine.gather(tokens, batches.starts(step), model.block_size)
+        return engine.train_step(step, [batch], learning_rate(step, training))[0]
 
     update(0).item()  # wait for all of it
     check_flags(engine, flags)

@@ -11,13 +11,14 @@ import re
 import shlex
 import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from itertools import dropwhile, pairwise, takewhile
 from typing import TypeVar
 
 import tyro
 
-from common.errors import UserError, shorten
+from common.errors import UserError, message_line, shorten
 from common.startup import can_be_installed, how_to_install
 
 T = TypeVar("T")
@@ -35,7 +36,7 @@ def parse(kind: type[T] | Callable[..., T], program: str, argv: Sequence[str] | 
             return tyro.cli(kind, prog=program, args=argv, config=flat, **options)
     except SystemExit as stop:
         if stop.code:
-            message = one_line(box.getvalue())
+            message = message_line(one_line(box.getvalue()))
             print(f"error: {message}{hint(message, argv)} (see {program} --help)", file=sys.stderr)
         raise
 
@@ -81,6 +82,8 @@ def is_rule(line: str) -> bool:
 def run_program(main: Callable[[], int]) -> int:
     """main()'s exit status; or 1 and one line on stderr, if something went wrong that the user can mend."""
     status, message = 1, None
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C is a KeyboardInterrupt again
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # None where there is no console
             stream.reconfigure(errors="backslashreplace")  # a text may have characters that a terminal does not
@@ -106,7 +109,7 @@ def run_program(main: Callable[[], int]) -> int:
     except OSError:  # what is still buffered would fail again when Python ends, which then has a say of its own
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if message is not None:
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {message_line(message)}", file=sys.stderr)
     return status
 
 

@@ -8,8 +8,9 @@ import stat
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, TypeVar
 
 from common.errors import UserError, shorten
 
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MAX_JSON_BYTES = 1 << 20
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # how such a file begins
+
+T = TypeVar("T")
 
 
 def write_atomically(path: str | os.PathLike, content: bytes) -> None:
@@ -71,6 +75,11 @@ def sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
+def plot_text(text: str) -> str:
+    """A text for a plot, whose library takes what stands between two $ for a formula, and knows no lone surrogates."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8").replace("$", r"\$")
+
+
 def write_figure(path: Path, figure: "Figure") -> None:
     """Write a matplotlib figure as a PNG, atomically. Needs no display. Raises OSError."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to load: --help must not wait for it
@@ -106,7 +115,11 @@ def open_regular(path: str | os.PathLike, expected: str) -> BinaryIO:
 
 
 def read_bytes(path: str | os.PathLike, expected: str, *, max_bytes: int | None = None) -> bytes:
-    """All bytes of a regular file. Raises UserError as open_regular does, or if it has more than `max_bytes`."""
+    """All bytes of a regular file.
+
+    Raises UserError as open_regular does, or if it has more than `max_bytes`, or if it is only the pointer that Git LFS
+    leaves instead of a large file.
+    """
     with open_regular(path, expected) as file:
         try:
             if max_bytes is None:
@@ -120,6 +133,8 @@ def read_bytes(path: str | os.PathLike, expected: str, *, max_bytes: int | None 
             raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     if max_bytes is not None and len(content) > max_bytes:
         raise UserError(f"{path} has more than {max_bytes:,} bytes: expected {expected}")
+    if content.startswith(LFS_POINTER):
+        raise UserError(f"{path} is a Git LFS pointer, not the file itself: fetch that with git lfs pull")
     return content
 
 
@@ -156,3 +171,15 @@ def unique_names(pairs: list[tuple[str, object]]) -> dict[str, object]:
 def refuse_constant(name: str) -> None:
     """Python's json reads NaN and Infinity, which JSON does not have."""
     raise ValueError(f"{name} is not a number")
+
+
+def build(kind: type[T], values: object, path: Path) -> T:
+    """A dataclass from the object of a JSON file. Raises UserError that names the file and the field."""
+    names = {field.name for field in fields(kind)}  # type: ignore[arg-type]
+    if type(values) is not dict or set(values) != names:
+        wrong = sorted(names ^ set(values)) if type(values) is dict else sorted(names)
+        raise UserError(f"{path}: fields missing or unknown: {shorten(', '.join(wrong))}")
+    try:
+        return kind(**values)
+    except ValueError as error:
+        raise UserError(f"{path}: {str(error)[:200]}") from error  # it quotes the value, which may be long
