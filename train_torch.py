@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from typing import cast
 
 from common.startup import prepare_imports
 
@@ -131,7 +132,7 @@ class TorchEngine(Engine):
             return self.ddp.wrap(Loss(self.gpt))
         # All batches have one shape. A second one, of another model say, must not make it a variable: the fused
         # attention would refuse that.
-        forward = self.ddp.wrap(torch.compile(Loss(self.gpt), dynamic=False))
+        forward = self.ddp.wrap(cast(nn.Module, torch.compile(Loss(self.gpt), dynamic=False)))
         fault = next(filter(None, self.ddp.gather(self.try_forward(forward, B))), None)
         if fault is None:
             return forward

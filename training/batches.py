@@ -10,6 +10,7 @@ from collections.abc import Collection
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,7 +20,8 @@ from data.tokenizers import Tokenizer
 
 STREAMS = ("epoch", "estimate", "dropout", "sample")  # an order is part of the addresses: append only
 
-Batch = tuple[np.ndarray, np.ndarray]  # idx and targets, each (B, T) int64; targets are idx one token further on
+# idx and targets, each (B, T) integers, the targets one token further on: NumPy's arrays, or an engine's own.
+Batch = tuple[Any, Any]
 
 
 def step_rng(seed: int, step: int, stream: str) -> np.random.Generator:
@@ -89,7 +91,8 @@ def gather(tokens: np.ndarray, starts: np.ndarray, T: int) -> Batch:
 def split(batch: Batch, parts: int) -> list[Batch]:
     """A batch as `parts` micro-batches whose sizes differ by at most one. parts is at most B."""
     edges = [len(batch[0]) * part // parts for part in range(parts + 1)]
-    return [tuple(ids[first:last] for ids in batch) for first, last in pairwise(edges)]
+    idx, targets = batch
+    return [(idx[first:last], targets[first:last]) for first, last in pairwise(edges)]
 
 
 def encode(tokenizer: Tokenizer, text: str, folder: Path, start: int, special: Collection[str]) -> np.ndarray:

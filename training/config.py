@@ -18,6 +18,7 @@ from numpygpt import GPTConfig
 MAX_SIZE = 1 << 20  # of a model in any direction, and of a batch: no machine has room for more
 MAX_LAYERS = 1 << 12
 MAX_PARAMS = 1 << 40
+PresetName = Literal["tiny", "small", "full", "gpt2"]
 DTYPES = ("auto", "float32", "bfloat16", "float64")
 
 
@@ -125,7 +126,7 @@ class RunFlags:
     """Where the run is kept, and how it is computed."""
 
     # where the other defaults come from: tiny (seconds), small (minutes on a CPU), full (a GPU), gpt2 (a large GPU)
-    preset: Literal["tiny", "small", "full", "gpt2"]
+    preset: PresetName
     run_dir: str | None = None  # folder to keep the run in; None: runs/<engine>-<preset>
     overwrite: bool = False  # replace the run that is in the folder
     resume: str | None = None  # resume the run in this folder; its configuration replaces the preset
@@ -160,14 +161,14 @@ class RunConfig:
     """What config.json holds. Raises ValueError that names the field."""
 
     engine: str  # numpy or torch, whichever trained last
-    preset: str
+    preset: PresetName
     corpus_sha256: str  # or NO_CORPUS
     model: GPTConfig
     training: TrainConfig
     changes: list[dict]  # one for each resumption that changed something: {"step": 200, "max_steps": [200, 400]}
 
     def __post_init__(self) -> None:
-        RunFlags(preset=self.preset)  # type: ignore[arg-type]  # which checks it
+        RunFlags(preset=self.preset)  # which checks it
         if self.engine not in ("numpy", "torch"):
             raise ValueError(f"engine must be numpy or torch, got {shorten(self.engine)}")
         if type(self.corpus_sha256) is not str:

@@ -135,8 +135,8 @@ def resume_run(folder: Path, flags: Flags, engine: str, memory: MemoryUse | None
         save_tensors(folder / BEST, checkpoint.snapshot.weights, state, model)
     write_metrics(folder / METRICS, metrics)
     if changes:
-        changes = [*config.changes, {"step": state.step} | changes]
-        write_config(folder, RunConfig(engine, config.preset, corpus.sha256, model, training, changes))
+        history = [*config.changes, {"step": state.step} | changes]
+        write_config(folder, RunConfig(engine, config.preset, corpus.sha256, model, training, history))
     missed = eval_due(state.step, training) and not evaluated
     return dataclasses.replace(run, checkpoint=checkpoint, missed_evaluation=missed, lock=lock)
 

@@ -6,7 +6,7 @@ import platform
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -92,7 +92,8 @@ def configure_torch(flags: DeviceFlags, threads: int | None) -> None:
     if flags.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without which cuBLAS refuses
     torch.use_deterministic_algorithms(flags.deterministic)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing here reads such memory
+    deterministic: Any = torch.utils.deterministic  # which has no type hints
+    deterministic.fill_uninitialized_memory = False  # nothing here reads such memory
 
 
 @contextmanager

@@ -28,6 +28,7 @@ import sample
 import train_numpy
 from tests.runs import arguments, run, skip_what_is_slow, start, write_text
 from training.checkpoint import Checkpoint
+from training.run import LEFTOVER
 
 LAST, BEST = "last.safetensors", "best.safetensors"
 FILES = ("config.json", "tokenizer.json", "metrics.jsonl", LAST, BEST)
@@ -545,3 +546,17 @@ def test_a_run_of_the_old_format_is_refused(saved: Path, tmp_path: Path, capsys:
         assert "version 0.1.0" in error
         assert error.count("\n") == 1
     assert sampled(tmp_path / "run") is None
+
+
+def test_the_names_of_leftovers() -> None:
+    """What a resume deletes are names that this program makes, and no others."""
+    for name in (".config.json.0123abcd.new", ".last.safetensors.ffffffff.new", ".metrics.jsonl.12345678.new"):
+        assert LEFTOVER.fullmatch(name)
+    for name in (
+        ".mine.new",
+        "config.json",
+        ".config.json.new",
+        ".config.json.mine.of.new",
+        "config.json.0123abcd.new",
+    ):
+        assert not LEFTOVER.fullmatch(name)
