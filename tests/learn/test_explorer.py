@@ -139,11 +139,7 @@ def test_every_number_is_explained(page: "sync_api.Page") -> None:
     steps = page.evaluate(
         """() => SEQUENCE.map(step => step.give.filter(role => step.has(role)).map(role => {
             const {shape, data} = TENSORS[step.tensor(role)];
-            const explained = Array.from(data, (_, place) => {
-                let rest = place;
-                const index = [...shape].reverse().map(n => { const i = rest % n; rest = (rest - i) / n; return i; });
-                return step.explain(step, role, index.reverse()).at(-1).value;
-            });
+            const explained = Array.from(data, (_, i) => step.explain(step, role, indexAt(i, shape)).at(-1).value);
             return [`${step.part} ${step.direction} ${role}`, [...data], explained];
         })).flat()"""
     )
