@@ -199,7 +199,8 @@ function play(on) {
 
 const PARAMETERS = Object.keys(TENSORS).filter((name) => /\.(weight|bias)$/.test(name));
 let held = {}; // the weight, and what is true where it was before it moved
-let position = DATA.idx.length - 1; // of the token after which all probabilities are shown
+const trueProbs = DATA.targets.map((id, t) => TENSORS.probs.data[t * DATA.tokens.length + id]);
+let position = trueProbs.indexOf(Math.min(...trueProbs)); // after this token all probabilities are shown
 
 /** The model's answer if the held weight were `value`. */
 function answer(value) {
