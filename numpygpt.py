@@ -27,6 +27,7 @@ Every function follows the dtype of the parameters: float32 to train, float64 to
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -87,24 +88,15 @@ def param_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
     wte, wpe: token and position embedding; h.i: block i, with ln_1, attn, ln_2, mlp; ln_f: the final LayerNorm
     """
     V, C = config.vocab_size, config.n_embd
+    block = {"ln_1": (C,), "attn.c_attn": (3 * C, C), "attn.c_proj": (C, C)}
+    block |= {"ln_2": (C,), "mlp.c_fc": (4 * C, C), "mlp.c_proj": (C, 4 * C)}
+    layers = {f"h.{i}.{layer}": shape for i in range(config.n_layer) for layer, shape in block.items()}
     shapes: dict[str, tuple[int, ...]] = {"wte.weight": (V, C), "wpe.weight": (config.block_size, C)}
-    for i in range(config.n_layer):
-        shapes |= {
-            f"h.{i}.ln_1.weight": (C,),
-            f"h.{i}.ln_1.bias": (C,),
-            f"h.{i}.attn.c_attn.weight": (3 * C, C),
-            f"h.{i}.attn.c_attn.bias": (3 * C,),
-            f"h.{i}.attn.c_proj.weight": (C, C),
-            f"h.{i}.attn.c_proj.bias": (C,),
-            f"h.{i}.ln_2.weight": (C,),
-            f"h.{i}.ln_2.bias": (C,),
-            f"h.{i}.mlp.c_fc.weight": (4 * C, C),
-            f"h.{i}.mlp.c_fc.bias": (4 * C,),
-            f"h.{i}.mlp.c_proj.weight": (C, 4 * C),
-            f"h.{i}.mlp.c_proj.bias": (C,),
-        }
-    shapes |= {"ln_f.weight": (C,), "ln_f.bias": (C,)}
-    return {name: shape for name, shape in shapes.items() if config.bias or not name.endswith(".bias")}
+    for layer, shape in {**layers, "ln_f": (C,)}.items():
+        shapes[f"{layer}.weight"] = shape  # a linear layer's (out, in), or a LayerNorm's gain (C,)
+        if config.bias:
+            shapes[f"{layer}.bias"] = shape[:1]
+    return shapes
 
 
 def init_params(config: GPTConfig, seed: int = 1337, dtype: type = np.float32) -> Params:
@@ -255,12 +247,12 @@ def gelu_forward(x: Array) -> tuple[Array, Saved]:
 def gelu_backward(dout: Array, saved: Saved) -> Array:
     """dout (...) -> dx (...).
 
-    The product rule on x/2 and 1 + tanh(u): d out / d x = 1/2 (1 + tanh) + x/2 (1 - tanh^2) slope, where
-    slope = du/dx = sqrt(2/pi) (1 + 3 * 0.044715 x^2).
+    The product rule on x/2 and 1 + tanh(u): d out / d x = 1/2 (1 + tanh + x (1 - tanh^2) slope), where slope = du/dx =
+    sqrt(2/pi) (1 + 3 * 0.044715 x^2).
     """
     x, tanh = saved
     slope = GELU_SCALE * (1 + 3 * GELU_CUBIC * x * x)
-    return dout * (0.5 * (1 + tanh) + 0.5 * x * (1 - tanh * tanh) * slope)
+    return 0.5 * dout * (1 + tanh + x * (1 - tanh * tanh) * slope)
 
 
 def dropout_forward(x: Array, p: float, rngs: Generators | None) -> tuple[Array, Array | None]:
@@ -301,35 +293,24 @@ def softmax_backward(dprobs: Array, probs: Array) -> Array:
     return probs * (dprobs - sum_last_axis(dprobs * probs))
 
 
-def mask_future(att: Array) -> Array:
-    """Replace the score of every query for a later token by -inf: att (..., queries, keys) -> the same shape.
-
-    The queries are the last of the keys' tokens: the last query is the last key's own token. -inf, because a large
-    negative number could be undercut by a score, and exp(-inf) is exactly 0.
-    """
-    queries, keys = att.shape[-2:]
-    future = np.triu(np.ones((queries, keys), bool), k=1 + keys - queries)  # above the last square's diagonal
-    return np.where(future, -np.inf, att)
-
-
 def scaled_dot_product_attention_forward(
     q: Array, k: Array, v: Array, dropout: float = 0.0, rngs: Generators | None = None
 ) -> tuple[Array, Saved]:
-    """Causal attention of one or more heads: softmax(q k^T / sqrt(hs)) v, with the future masked.
+    """Causal attention: softmax(q k^T / sqrt(hs)) v, with the future masked (Vaswani et al. 2017, section 3.2.1).
 
     Every token asks with a query, and every token offers a key and a value. The query is compared with the keys of its
-    own token and of those before it. The better a key fits, the more of its value the query gets (Vaswani et al. 2017,
-    section 3.2.1).
+    own token and of those before it. The better a key fits, the more of its value the query gets.
 
-    q (B, nh, queries, hs), k and v (B, nh, keys, hs) -> (B, nh, queries, hs). The queries are the last of the keys'
-        tokens, as in mask_future.
+    q (B, nh, queries, hs), k and v (B, nh, keys, hs) -> (B, nh, queries, hs). The queries are those of the last tokens
+        that have keys, so the last query belongs to the same token as the last key.
     dropout, rngs: as dropout_forward's p and rngs
     """
-    hs = q.shape[-1]
+    hs, queries, keys = q.shape[-1], q.shape[-2], k.shape[-2]
     scores = q @ k.swapaxes(-1, -2)  # 1. how well each key fits each query: (B, nh, queries, keys)
     att = scores / math.sqrt(hs)  # 2. a sum of hs products grows like sqrt(hs): keep its size, or softmax saturates
-    att = mask_future(att)  # 3. no token may look ahead at what it has to predict
-    probs = softmax_forward(att)  # 4. scores become shares: each query's sum to 1
+    future = np.triu(np.ones((queries, keys), bool), k=1 + keys - queries)  # keys of later tokens than the query's
+    att = np.where(future, -np.inf, att)  # 3. nobody looks ahead; a finite number could be less than some real score
+    probs = softmax_forward(att)  # 4. scores become shares: each query's sum to 1, and the future gets exactly 0
     weights, scale = dropout_forward(probs, dropout, rngs)  # 5.
     out = weights @ v  # 6. the average of the values, with these weights
     return out, (q, k, v, probs, weights, scale)
@@ -394,9 +375,7 @@ def attention_forward(
     """
     B, T, C = x.shape
     qkv, qkv_saved = linear_forward(x, params["c_attn.weight"], params.get("c_attn.bias"))  # (B, T, 3C)
-    qkv = qkv.reshape(
-        B, T, 3, n_head, C // n_head
-    )  # each token's 3C channels, seen as q, k, v, and each of those by head
+    qkv = qkv.reshape(B, T, 3, n_head, C // n_head)  # the 3C channels seen as q, k and v, each cut into heads
     q, k, v = qkv.transpose(2, 0, 3, 1, 4)  # each (B, nh, T, hs)
     if kv_cache is not None:
         k_cache, v_cache = kv_cache
@@ -510,13 +489,13 @@ def cross_entropy_forward(logits: Array, targets: Array, count: int) -> tuple[np
     """The mean surprise at the true next tokens: logits (B, T, V), targets (B, T) -> (sum of -log p(target)) / count.
 
     p is softmax(logits), log the natural one, so the unit is the nat. Targets of -1 are ignored; count is the number of
-    the others. If these sequences are a part of a larger batch, count is the whole batch's. For example, two
-    micro-batches of 100 targets each are both called with count = 200: then the two losses add up to the loss of the
-    whole batch, and so do the gradients.
+    the others. If these sequences are a part of a larger batch, count is the whole batch's. Two micro-batches of 100
+    targets, say: count = 200 for both. Then their losses add up to the loss of the whole batch, and so do their
+    gradients.
     """
     shifted = logits - logits.max(axis=-1, keepdims=True)
     log_sum = np.log(np.exp(shifted).sum(axis=-1))  # log p = shifted - log_sum
-    ids = np.maximum(targets, 0)  # any valid id instead of -1: those tokens are dropped in the next but one line
+    ids = np.maximum(targets, 0)  # 0 is as good as -1: ignored tokens are left out of the sum
     at_target = np.take_along_axis(shifted, ids[..., None], axis=-1)[..., 0]
     loss = (log_sum - at_target)[targets >= 0].sum() / count
     return loss.astype(logits.dtype), (logits, targets, count)
@@ -637,11 +616,9 @@ class GPT:
     ) -> tuple[np.floating, Params]:
         """idx, targets (B, T) integers -> mean loss in nats, {name: gradient} with the names and shapes of params.
 
-        rng: turns dropout on. One generator, or a sequence of B, one for each sequence: so whoever cuts a batch into
-            parts can give each part its own share of them (rng_per_sequence), and drops what the whole batch would.
-        count: what to divide by, if this is a part of a larger batch: the number of targets in all of it that are not
-            -1. Two micro-batches of 100 targets: count = 200 for both. Their losses and gradients then add up to those
-            of the whole batch. None: the number in idx, targets itself.
+        rng: turns dropout on. One generator, or a sequence of B, one for each sequence: whoever cuts a batch into parts
+            gives each part its share of them (rng_per_sequence), and drops what the whole batch would.
+        count: if this is a part of a larger batch, how many targets in all of it are not -1; see cross_entropy_forward
 
         Raises ValueError as forward does, and on a bad count.
         """
@@ -695,16 +672,15 @@ class GPT:
         return self._stream(idx, temperature, top_k, np.random.default_rng() if rng is None else rng)
 
     def _stream(self, idx: Array, temperature: float, top_k: int | None, rng: Generator) -> Iterator[Array]:
-        """The loop behind `stream`, with a key/value cache: the first step computes the whole prompt, each further one
-        a single token.
+        """The loop behind `stream`: the first step computes the whole prompt, each further one a single token.
 
-        A token's keys and values depend on nothing after it. So they are computed once and kept in kv_cache, which at
-        any time holds those of the window's first `start` tokens.
+        A token's keys and values depend on nothing after it. So they are computed once and kept in kv_cache, which
+        holds those of the window's first `start` tokens.
 
-        Once the window is full, the cache saves nothing more. Each step then drops the oldest token, which makes all
-        keys and values stale: every token moves to another position, and in all layers but the first, what attention
-        had mixed into them includes the token that left. So start = 0 from then on, and every step computes the whole
-        window.
+        Once the window is full, the cache saves nothing any more. Each step drops the oldest token then, and all that
+        is in the cache becomes wrong: every token moves to another position, and from the second layer on, keys and
+        values come from vectors into which attention has already mixed the token that left. So start = 0 from then on,
+        and every step computes the whole window.
         """
         config, dtype = self.config, self.params["wte.weight"].dtype
         shape = (len(idx), config.n_head, config.block_size, config.n_embd // config.n_head)
@@ -803,9 +779,7 @@ class AdamW:
             raise ValueError(f"eps must be positive, got {eps!r}")
         if not weight_decay >= 0:
             raise ValueError(f"weight_decay must be at least 0, got {weight_decay!r}")
-        for name, param in params.items():
-            if not param.flags.writeable:
-                raise ValueError(f"{name} must be writable to be learned, got a read-only array: copy it first")
+        check_learnable(params)
         self.params, self.betas, self.eps, self.weight_decay = params, betas, eps, weight_decay
         self.m = {name: np.zeros_like(param) for name, param in params.items()}
         self.v = {name: np.zeros_like(param) for name, param in params.items()}
@@ -817,27 +791,111 @@ class AdamW:
         Raises ValueError if lr is negative or not finite, or if grads does not have exactly the names and shapes of
         params; then nothing has changed.
         """
-        if not 0 <= lr < math.inf:
-            raise ValueError(f"lr must be a finite number of at least 0, got {lr!r}")
-        if grads.keys() != self.params.keys():
-            wrong = sorted(grads.keys() ^ self.params.keys())
-            raise ValueError(f"grads must have the names of params; missing or unknown: {', '.join(wrong)}")
-        for name, param in self.params.items():
-            if grads[name].shape != param.shape:
-                raise ValueError(f"the gradient of {name} must have shape {param.shape}, got {grads[name].shape}")
+        check_update(self.params, grads, lr)
         self.t += 1
         beta1, beta2 = self.betas
         for name, param in self.params.items():
-            grad = grads[name]
-            m = beta1 * self.m[name] + (1 - beta1) * grad
-            v = beta2 * self.v[name] + (1 - beta2) * grad * grad
+            grad, m, v = grads[name], self.m[name], self.v[name]
+            m *= beta1
+            m += (1 - beta1) * grad
+            v *= beta2
+            v += (1 - beta2) * grad**2
             # m and v start at 0 and are too small at first, by exactly these factors (Kingma & Ba 2015, section 3).
             m_hat = m / (1 - beta1**self.t)
             v_hat = v / (1 - beta2**self.t)
             if param.ndim >= 2:
-                param -= lr * self.weight_decay * param
+                param *= 1 - lr * self.weight_decay
             param -= lr * m_hat / (np.sqrt(v_hat) + self.eps)
-            self.m[name], self.v[name] = m, v
+
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # a, b, c of the polynomial in orthogonalize
+
+
+def orthogonalize(g: np.ndarray, steps: int = 5) -> np.ndarray:
+    """Bring all singular values of a matrix near 1 and keep its singular vectors: g (..., m, n) -> (..., m, n).
+
+    With g = U diag(s) V.T, that is about U V.T: the matrix that g's entries agree with most, among those that stretch
+    no vector. Newton-Schulz finds it with products alone. One step, x <- (a I + b x x.T + c (x x.T)^2) x, maps each
+    singular value s to a s + b s^3 + c s^5. Dividing g by its norm puts s into [0, 1]; five steps then take whatever
+    is above 0.0016 to between 0.68 and 1.21, and multiply smaller ones by up to a^5 = 485 (Jordan et al. 2024, "Muon:
+    an optimizer for hidden layers in neural networks", which chose a, b and c for that factor).
+
+    g: one matrix or a stack of them, float32 or float64; the result has its dtype. The scale of g does not matter, as
+        long as it is finite. A matrix of zeros stays one.
+    """
+    a, b, c = NEWTON_SCHULZ
+    tall = g.shape[-2] > g.shape[-1]
+    x = np.ascontiguousarray(g.mT) if tall else g  # x @ x.T is then the smaller of the two products
+    tiny = np.finfo(g.dtype).tiny  # for a matrix of zeros
+    x = x / (np.abs(x).max(axis=(-2, -1), keepdims=True) + tiny)  # first, or the norm's squares could overflow
+    x = x / (np.linalg.norm(x, axis=(-2, -1), keepdims=True) + tiny)
+    identity = np.eye(x.shape[-2], dtype=x.dtype)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = (a * identity + b * gram + c * gram @ gram) @ x
+    return np.ascontiguousarray(x.mT) if tall else x
+
+
+def split_params(params: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The parameters that Muon trains, and all others, which stay with AdamW.
+
+    Muon's are the matrices inside blocks. They map vectors to vectors, and orthogonalize bounds how far an update moves
+    any of these. The rows of wte and wpe are looked up one at a time, and the tied head is wte again: a token that was
+    not in the batch has a gradient only from the head, and a rare one ought not to move as far as a frequent one.
+    """
+    matrices = {name: param for name, param in params.items() if name.startswith("h.") and param.ndim == 2}
+    return matrices, {name: param for name, param in params.items() if name not in matrices}
+
+
+class Muon:
+    """Momentum, orthogonalised, for the matrices inside blocks (Jordan et al. 2024). Updates params in place.
+
+    m is a running mean of the gradient. With Nesterov's look-ahead, u = momentum m + (1 - momentum) grad, and
+    param -= lr (sqrt(max(1, rows / columns)) orthogonalize(u) + weight_decay param): an update stretches no vector by
+    much more than lr, whichever directions the gradients prefer. For a tall matrix the root keeps the typical size of
+    an output's entries. c_attn is three maps, q, k and v, each of them orthogonalised by itself. As in AdamW, lr scales
+    the decay too. There is no second moment and no bias correction, as the scale of u does not matter.
+
+    params: the matrices to learn (see split_params), which must be writable
+    momentum: how much of the running mean stays at each step, in [0, 1)
+    weight_decay: at least 0
+
+    Raises ValueError that names the argument or the parameter.
+    """
+
+    def __init__(self, params: Params, *, momentum: float = 0.95, weight_decay: float = 0.1) -> None:
+        if not 0 <= momentum < 1:
+            raise ValueError(f"momentum must be in [0, 1), got {momentum!r}")
+        if not weight_decay >= 0:
+            raise ValueError(f"weight_decay must be at least 0, got {weight_decay!r}")
+        check_learnable(params)
+        for name, param in params.items():
+            if param.ndim != 2:
+                raise ValueError(f"Muon learns matrices, got {name} of shape {param.shape}: leave it to AdamW")
+        self.params, self.momentum, self.weight_decay = params, momentum, weight_decay
+        self.m = {name: np.zeros_like(param) for name, param in params.items()}
+
+    def step(self, grads: Params, lr: float) -> None:
+        """One update with learning rate lr. Matrices of one shape are orthogonalised together.
+
+        Raises ValueError if lr is negative or not finite, or if grads does not have exactly the names and shapes of
+        params; then nothing has changed.
+        """
+        check_update(self.params, grads, lr)
+        by_shape: dict[tuple[int, ...], list[tuple[np.ndarray, np.ndarray]]] = {}
+        for name, param in self.params.items():
+            grad = grads[name]
+            m = self.momentum * self.m[name] + (1 - self.momentum) * grad
+            ahead = self.momentum * m + (1 - self.momentum) * grad
+            self.m[name] = m
+            maps = 3 if name.endswith("c_attn.weight") else 1  # q, k and v are three maps in one array
+            for pair in zip(np.split(param, maps), np.split(ahead, maps), strict=True):
+                by_shape.setdefault(pair[0].shape, []).append(pair)
+        for (rows, columns), pairs in by_shape.items():
+            scale = math.sqrt(max(1, rows / columns))
+            updates = orthogonalize(np.stack([ahead for _, ahead in pairs]))
+            for (param, _), update in zip(pairs, updates, strict=True):
+                param -= lr * (scale * update + self.weight_decay * param)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -875,8 +933,8 @@ def check_ids(name: str, ids: Array, low: int, vocab_size: int) -> Array:
 
 def check_batch(
     config: GPTConfig, idx: Array, targets: Array | None, allow_no_target: bool = False
-) -> tuple[Array, Array | None, int]:
-    """idx, targets (B, T) -> both as int64, and how many targets are not -1. Raises ValueError."""
+) -> tuple[Array, Any, int]:
+    """idx, targets (B, T) -> both as int64 (or targets as None), and how many are not -1. Raises ValueError."""
     idx = check_ids("idx", idx, 0, config.vocab_size)
     if idx.shape[1] > config.block_size:
         raise ValueError(f"T must be at most block_size {config.block_size}, got idx of shape {idx.shape}")
@@ -899,13 +957,30 @@ def check_sampling(temperature: float, top_k: int | None) -> None:
         raise ValueError(f"top_k must be None or an integer of at least 1, got {top_k!r}")
 
 
+def check_learnable(params: Params) -> None:
+    """Raises ValueError that names a parameter which an optimizer could not write to."""
+    for name, param in params.items():
+        if not param.flags.writeable:
+            raise ValueError(f"{name} must be writable to be learned, got a read-only array: copy it first")
+
+
+def check_update(params: Params, grads: Params, lr: float) -> None:
+    """Raises ValueError unless grads has exactly the names and shapes of params, and lr is finite and at least 0."""
+    if not 0 <= lr < math.inf:
+        raise ValueError(f"lr must be a finite number of at least 0, got {lr!r}")
+    if grads.keys() != params.keys():
+        wrong = sorted(grads.keys() ^ params.keys())
+        raise ValueError(f"grads must have the names of params; missing or unknown: {', '.join(wrong)}")
+    for name, param in params.items():
+        if grads[name].shape != param.shape:
+            raise ValueError(f"the gradient of {name} must have shape {param.shape}, got {grads[name].shape}")
+
+
 def check_finite(logits: Array, params: Params) -> None:
     """Raises ValueError if a logit is NaN or infinite; the message names the first parameter that is, if one is."""
     if not np.isfinite(logits).all():
         broken = next((name for name, param in params.items() if not np.isfinite(param).all()), None)
-        came = (
-            "finite weights too large for their dtype" if broken is None else f"{broken} with NaN or infinite entries"
-        )
+        came = f"{broken} with NaN or infinite entries" if broken else "finite weights too large for their dtype"
         raise ValueError(f"logits must be finite, got {came}")
 
 
@@ -914,15 +989,14 @@ def check_params(config: GPTConfig, params: Params, dtype: type) -> Params:
     shapes = param_shapes(config)
     for name in [*shapes, *params]:
         if name not in params or name not in shapes:
-            raise ValueError(
-                f"{name} is {'missing from' if name in shapes else 'no parameter of this config, but in'} params"
-            )
+            fault = "missing from" if name in shapes else "no parameter of this config, but in"
+            raise ValueError(f"{name} is {fault} params")
         if params[name].shape != shapes[name]:
             raise ValueError(f"{name} must have shape {shapes[name]}, got {params[name].shape}")
         if params[name].dtype not in (np.float32, np.float64):
             raise ValueError(f"{name} must be float32 or float64, got {params[name].dtype}")
         if not np.isfinite(params[name]).all():
             raise ValueError(f"{name} must be finite, got NaN or infinite entries")
-    dtype = np.result_type(dtype, *params.values())
-    # copy=None copies only what has to change its dtype
-    return {name: np.array(params[name], dtype, copy=params[name].flags.writeable or None) for name in shapes}
+    widest = np.result_type(dtype, *params.values())
+    # astype with copy=False copies only what has to change its dtype
+    return {name: params[name].astype(widest, copy=params[name].flags.writeable) for name in shapes}

@@ -14,7 +14,6 @@ A turn is a few steps in a row, as in training. The first is not counted: it pay
 the caches, and for its threads that still spin for more work. Of the others, the mean counts.
 """
 
-import os
 import statistics
 import sys
 import time
@@ -25,12 +24,18 @@ from dataclasses import dataclass, field
 from multiprocessing import get_context
 from typing import Literal
 
+from common.startup import prepare_imports
+
+if __name__ == "__main__":
+    prepare_imports()
+
 import numpy as np
 from tqdm import tqdm
 
 import numpygpt
 from bench.timing import alternate, blas_threads, high_water, ratio, seconds
 from common.cli import parse, run_program
+from common.cores import usable_cores
 from training.parallel import loss_and_grads_in_parts, tune_process
 
 # Vocabulary and sizes of the presets, without dropout: torch's eager attention leaves its fast path when it drops.
@@ -50,7 +55,7 @@ class Options:
     """what to measure; by default training with small and full, and generation with full"""
     rounds: int = 15
     """rounds, each of which runs every contender once"""
-    threads: int = field(default_factory=lambda: os.cpu_count() or 1)
+    threads: int = field(default_factory=usable_cores)
     """threads for every contender"""
     compile: bool = True
     """also measure training with torch.compile, which first compiles for up to a minute a preset"""
@@ -99,11 +104,7 @@ def torch_step(config: numpygpt.GPTConfig, B: int, threads: int, compiled: bool 
     idx, targets = map(torch.from_numpy, random_batch(config, B))
     model = torchgpt.GPT(config)
     params = list(model.parameters())
-    groups = [
-        {"params": [p for p in params if p.ndim >= 2], "weight_decay": 0.1},
-        {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.99), fused=True)
+    optimizer = torch.optim.AdamW(torchgpt.decay_groups(model, 0.1), lr=LR, betas=(0.9, 0.99), fused=True)
     forward = torch.compile(model) if compiled else model
 
     def step() -> None:

@@ -24,6 +24,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from common.startup import prepare_imports
+
+if __name__ == "__main__":
+    prepare_imports()
+
 import numpy as np
 import tyro
 
@@ -32,6 +37,7 @@ from common.cli import parse, run_program
 from common.errors import UserError
 from common.files import write_atomically
 from data.corpus import Corpus, load_corpus
+from data.text import normalize_text
 from data.tokenizers import Tokenizer
 from learn.trace import Trace, trace_numpy
 from numpygpt import GPT, AdamW, GPTConfig, Params, clip_grad_norm
@@ -95,16 +101,18 @@ def load_subject(run: Path, prompt: str | None) -> Subject:
     settings = read_config(run)
     corpus = own_corpus(settings)
     longest = min(config.block_size, MAX_PROMPT)
+    special = tokenizer.special_tokens if settings.training.special_tokens else ()
     if prompt is not None:
-        ids = tokenizer.encode(prompt).astype(np.int64)
+        ids = tokenizer.encode(normalize_text(prompt), allowed_special=special).astype(np.int64)
     elif corpus is not None:
-        ids = tokenizer.encode(corpus.val_text[: 4 * longest]).astype(np.int64)[: longest + 1]
+        beginning = tokenizer.encode(corpus.val_text[: 4 * longest], allowed_special=special)
+        ids = beginning.astype(np.int64)[: longest + 1]
     else:
         raise UserError(f"prompt must be given: the text that {run} learned from is not here")
     if not 3 <= len(ids) <= longest + 1:
         raise UserError(f"prompt must have 3 to {longest + 1} tokens to be drawn, got {len(ids)}")
     trace = trace_numpy(config, weights, ids[None, :-1], ids[None, 1:])
-    train_tokens = tokenizer.encode("" if corpus is None else corpus.train_text)
+    train_tokens = tokenizer.encode("" if corpus is None else corpus.train_text, allowed_special=special)
     metrics = read_metrics(run / METRICS)
 
     left_out = {}
@@ -207,8 +215,8 @@ def draw_mask(subject: Subject) -> "Figure":
     T = 4 * numpygpt.ATTENTION_TILE
     kind = np.zeros((T, T))  # 0 never computed, 1 computed and masked, 2 used
     for queries, keys in numpygpt.causal_tiles(T, T):
-        masked = numpygpt.mask_future(np.zeros((queries.stop - queries.start, keys.stop)))
-        kind[queries, keys] = np.where(np.isneginf(masked), 1, 2)
+        kind[queries, keys] = 1
+    kind[np.tri(T, dtype=bool)] += 1
     right.imshow(kind, cmap="Blues", vmin=0, vmax=3, interpolation="nearest")
     right.set_xticks(np.arange(0, T + 1, T // 4))
     right.set_yticks(np.arange(0, T + 1, T // 4))

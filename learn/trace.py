@@ -25,12 +25,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 from unittest import mock
 
+from common.startup import prepare_imports
+
+if __name__ == "__main__":
+    prepare_imports()
+
 import numpy as np
 import tyro
 
 import numpygpt
 from common.cli import parse, run_program
 from common.errors import UserError
+from data.text import normalize_text
 from data.tokenizers import CharTokenizer
 from numpygpt import GPTConfig, Params
 from training.run import load_run
@@ -323,15 +329,16 @@ def example(options: Options) -> tuple[GPTConfig, Params, np.ndarray]:
     """The model that is asked for, its weights in the dtype that is, and the text as ids (T + 1,). Raises UserError."""
     if options.seed < 0:
         raise UserError(f"seed must be at least 0, got {options.seed}")
-    if len(options.text) < 2:
-        raise UserError(f"text must have at least two tokens, got {options.text!r}")
+    text = normalize_text(options.text)
+    if len(text) < 2:
+        raise UserError(f"text must have at least two tokens, got {text!r}")
     if options.run is None:
-        tokenizer = CharTokenizer.from_text(options.text)
-        config = GPTConfig(tokenizer.vocab_size, len(options.text) - 1, **SIZES, dropout=0.0)
+        tokenizer = CharTokenizer.from_text(text)
+        config = GPTConfig(tokenizer.vocab_size, len(text) - 1, **SIZES, dropout=0.0)
         weights = numpygpt.init_params(config, options.seed, np.float64)
     else:
         config, weights, tokenizer = load_run(options.run)
-    ids = tokenizer.encode(options.text).astype(np.int64)
+    ids = tokenizer.encode(text).astype(np.int64)
     if not 2 <= len(ids) <= config.block_size + 1:
         raise UserError(f"text must have 2 to {config.block_size + 1} tokens for this model, got {len(ids)}")
     return config, {name: value.astype(options.dtype) for name, value in weights.items()}, ids

@@ -247,65 +247,6 @@ def train_config(**fields: object) -> TrainConfig:
     return TrainConfig(**{**usual, "eval_interval": 10, "dtype": "float64", **fields})
 
 
-class Learner:
-    """Either engine with its optimizer, as the trainers use them, without what else a trainer does.
-
-    Both start from the weights that the seed gives them. PyTorch's attention is explicit, so that dropout masks can be
-    played back.
-    """
-
-    def __init__(self, engine: str, config: numpygpt.GPTConfig, training: TrainConfig) -> None:
-        self.engine, self.training = engine, training
-        betas, weight_decay = (training.beta1, training.beta2), training.weight_decay
-        if engine == "numpy":
-            self.gpt = numpygpt.GPT(config, seed=training.seed, dtype=np.dtype(training.dtype).type)
-            self.optimizer = numpygpt.AdamW(self.gpt.params, betas=betas, weight_decay=weight_decay)
-            return
-        dtype = getattr(torch, training.dtype)
-        self.gpt = torchgpt.GPT(config, seed=training.seed, dtype=dtype, attention="explicit").train()
-        groups = [
-            {"params": [p for p in self.gpt.parameters() if p.ndim >= 2], "weight_decay": weight_decay},
-            {"params": [p for p in self.gpt.parameters() if p.ndim < 2], "weight_decay": 0.0},
-        ]
-        self.optimizer = torch.optim.AdamW(groups, betas=betas)
-
-    def train_step(self, micro_batches: list, lr: float, rng: np.random.Generator | None = None) -> tuple[float, float]:
-        """Loss of the whole batch, and the norm of its gradient before clipping. rng: NumPy's dropout."""
-        count, loss, max_norm = sum(targets.size for _, targets in micro_batches), 0.0, self.training.grad_clip
-        if self.engine == "numpy":
-            grads = {name: np.zeros_like(param) for name, param in self.gpt.params.items()}
-            for idx, targets in micro_batches:
-                part_loss, part = self.gpt.loss_and_grads(idx, targets, rng=rng, count=count)
-                loss += float(part_loss)
-                for name, grad in part.items():
-                    grads[name] += grad
-            norm = numpygpt.clip_grad_norm(grads, max_norm)
-            self.optimizer.step(grads, lr)
-            return loss, norm
-        self.optimizer.zero_grad()
-        for idx, targets in micro_batches:
-            part_loss = self.gpt(ids_tensor(idx), ids_tensor(targets))[1] * (targets.size / count)
-            part_loss.backward()
-            loss += part_loss.item()
-        norm = torch.nn.utils.clip_grad_norm_(self.gpt.parameters(), max_norm).item()
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        return loss, norm
-
-    def state(self) -> dict[str, Arrays]:
-        """Weights, m and v, by name."""
-        if self.engine == "numpy":
-            return {"weights": self.gpt.params, "m": self.optimizer.m, "v": self.optimizer.v}
-        named = dict(self.gpt.named_parameters())
-        moments = {name: self.optimizer.state[param] for name, param in named.items()}
-        return {
-            "weights": {name: param.detach().numpy() for name, param in named.items()},
-            "m": {name: state["exp_avg"].numpy() for name, state in moments.items()},
-            "v": {name: state["exp_avg_sq"].numpy() for name, state in moments.items()},
-        }
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Finite differences
 

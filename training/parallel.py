@@ -67,7 +67,9 @@ def loss_in_parts(gpt: GPT, idx: np.ndarray, targets: np.ndarray, *, threads: in
     """The loss of gpt.forward(idx, targets), likewise. No target may be -1: parts weigh as many tokens as they have."""
 
     def loss_sum(part: slice) -> float:
-        return float(gpt.forward(idx[part], targets[part])[1]) * targets[part].size
+        _, loss = gpt.forward(idx[part], targets[part])
+        assert loss is not None  # as there are targets
+        return float(loss) * targets[part].size
 
     return sum(run_in_parts(loss_sum, len(idx), threads)) / targets.size
 

@@ -139,7 +139,7 @@ def test_masks_have_the_right_rate_and_scale(seed: int, p: float) -> None:
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
-def test_torch_drops_with_the_rate_of_the_config(attention: str) -> None:
+def test_torch_drops_with_the_rate_that_it_is_given(attention: str) -> None:
     """torchgpt's own masks, seen from outside: with a value, but no query and no key, attention's output is a mean over
     what was kept; over many draws it has the variance that dropout gives it.
 
@@ -147,18 +147,18 @@ def test_torch_drops_with_the_rate_of_the_config(attention: str) -> None:
     """
     C, T, p, draws = 2, 4, 0.25, 4000
     config = GPTConfig(1, T, n_layer=1, n_head=1, n_embd=C, dropout=p, bias=False)
-    module = torchgpt.Attention(config, attention).double().train()
+    module = torchgpt.Attention(config, attention).double()
     with torch.no_grad():
         module.c_attn.weight.zero_()
         module.c_attn.weight[2 * C :] = torch.eye(C)
         module.c_proj.weight.copy_(torch.eye(C))
         torch.manual_seed(0)
-        out = module(torch.ones(draws, T, C).double()).numpy()
+        out = module(torch.ones(draws, T, C).double(), p).numpy()
     # At position t a mean over t + 1 factors of mean 1 and variance p / (1 - p), and then one such factor more.
     v = p / (1 - p)
     assert out.mean(axis=(0, 2)) == pytest.approx(np.ones(T), abs=0.05)
     assert out.var(axis=(0, 2)) == pytest.approx([(1 + v / (t + 1)) * (1 + v) - 1 for t in range(T)], rel=0.1)
-    assert np.array_equal(module.eval()(torch.ones(1, T, C).double()).detach().numpy(), np.ones((1, T, C)))
+    assert np.array_equal(module(torch.ones(1, T, C).double()).detach().numpy(), np.ones((1, T, C)))
 
 
 def test_every_place_and_every_sequence_has_a_mask_of_its_own() -> None:

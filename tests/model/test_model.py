@@ -391,11 +391,12 @@ def names_in(file: str) -> list[str]:
 def test_names_line_up_in_both_files() -> None:
     """A failure: who reads the files side by side meets the same things under other names or in another order."""
     layers = {"attention_forward": "Attention", "mlp_forward": "MLP", "block_forward": "Block"}
+    layers["scaled_dot_product_attention_forward"] = "scaled_dot_product_attention"
     ours = [layers.get(name, name) for name in names_in("numpygpt.py")]
     theirs = names_in("torchgpt.py")
     common = [name for name in ours if name in theirs]
     assert common == [name for name in theirs if name in ours]
-    assert {"Attention", "MLP", "Block", "GPT", "sample"} <= set(common)
+    assert {"scaled_dot_product_attention", "Attention", "MLP", "Block", "GPT", "sample"} <= set(common)
     assert {f"GPT.{m}" for m in ("num_params", "forward", "generate", "stream", "_stream")} <= set(common)
 
 

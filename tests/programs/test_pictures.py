@@ -128,6 +128,11 @@ def test_the_first_updates_are_those_of_the_run(run: Path) -> None:
     np.testing.assert_allclose(drawn, logged, rtol=1e-5)
 
 
+def test_a_prompt_from_windows_is_the_same_prompt(run: Path) -> None:
+    plain, marked = (pictures.load_subject(run, mark + PROMPT).ids for mark in ("", "\ufeff"))
+    np.testing.assert_array_equal(marked, plain)
+
+
 def test_without_a_prompt_the_validation_text_is_drawn(run: Path) -> None:
     subject = pictures.load_subject(run, None)
     assert len(subject.ids) == subject.config.block_size + 1
