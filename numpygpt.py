@@ -779,9 +779,7 @@ class AdamW:
             raise ValueError(f"eps must be positive, got {eps!r}")
         if not weight_decay >= 0:
             raise ValueError(f"weight_decay must be at least 0, got {weight_decay!r}")
-        for name, param in params.items():
-            if not param.flags.writeable:
-                raise ValueError(f"{name} must be writable to be learned, got a read-only array: copy it first")
+        check_learnable(params)
         self.params, self.betas, self.eps, self.weight_decay = params, betas, eps, weight_decay
         self.m = {name: np.zeros_like(param) for name, param in params.items()}
         self.v = {name: np.zeros_like(param) for name, param in params.items()}
@@ -793,14 +791,7 @@ class AdamW:
         Raises ValueError if lr is negative or not finite, or if grads does not have exactly the names and shapes of
         params; then nothing has changed.
         """
-        if not 0 <= lr < math.inf:
-            raise ValueError(f"lr must be a finite number of at least 0, got {lr!r}")
-        if grads.keys() != self.params.keys():
-            wrong = sorted(grads.keys() ^ self.params.keys())
-            raise ValueError(f"grads must have the names of params; missing or unknown: {', '.join(wrong)}")
-        for name, param in self.params.items():
-            if grads[name].shape != param.shape:
-                raise ValueError(f"the gradient of {name} must have shape {param.shape}, got {grads[name].shape}")
+        check_update(self.params, grads, lr)
         self.t += 1
         beta1, beta2 = self.betas
         for name, param in self.params.items():
@@ -815,6 +806,96 @@ class AdamW:
             if param.ndim >= 2:
                 param *= 1 - lr * self.weight_decay
             param -= lr * m_hat / (np.sqrt(v_hat) + self.eps)
+
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # a, b, c of the polynomial in orthogonalize
+
+
+def orthogonalize(g: np.ndarray, steps: int = 5) -> np.ndarray:
+    """Bring all singular values of a matrix near 1 and keep its singular vectors: g (..., m, n) -> (..., m, n).
+
+    With g = U diag(s) V.T, that is about U V.T: the matrix that g's entries agree with most, among those that stretch
+    no vector. Newton-Schulz finds it with products alone. One step, x <- (a I + b x x.T + c (x x.T)^2) x, maps each
+    singular value s to a s + b s^3 + c s^5. Dividing g by its norm puts s into [0, 1]; five steps then take whatever
+    is above 0.0016 to between 0.68 and 1.21, and multiply smaller ones by up to a^5 = 485 (Jordan et al. 2024, "Muon:
+    an optimizer for hidden layers in neural networks", which chose a, b and c for that factor).
+
+    g: one matrix or a stack of them, float32 or float64; the result has its dtype. The scale of g does not matter, as
+        long as it is finite. A matrix of zeros stays one.
+    """
+    a, b, c = NEWTON_SCHULZ
+    tall = g.shape[-2] > g.shape[-1]
+    x = np.ascontiguousarray(g.mT) if tall else g  # x @ x.T is then the smaller of the two products
+    tiny = np.finfo(g.dtype).tiny  # for a matrix of zeros
+    x = x / (np.abs(x).max(axis=(-2, -1), keepdims=True) + tiny)  # first, or the norm's squares could overflow
+    x = x / (np.linalg.norm(x, axis=(-2, -1), keepdims=True) + tiny)
+    identity = np.eye(x.shape[-2], dtype=x.dtype)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = (a * identity + b * gram + c * gram @ gram) @ x
+    return np.ascontiguousarray(x.mT) if tall else x
+
+
+def split_params(params: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The parameters that Muon trains, and all others, which stay with AdamW.
+
+    Muon's are the matrices inside blocks. They map vectors to vectors, and orthogonalize bounds how far an update moves
+    any of these. The rows of wte and wpe are looked up one at a time, and the tied head is wte again: a token that was
+    not in the batch has a gradient only from the head, and a rare one ought not to move as far as a frequent one.
+    """
+    matrices = {name: param for name, param in params.items() if name.startswith("h.") and param.ndim == 2}
+    return matrices, {name: param for name, param in params.items() if name not in matrices}
+
+
+class Muon:
+    """Momentum, orthogonalised, for the matrices inside blocks (Jordan et al. 2024). Updates params in place.
+
+    m is a running mean of the gradient. With Nesterov's look-ahead, u = momentum m + (1 - momentum) grad, and
+    param -= lr (sqrt(max(1, rows / columns)) orthogonalize(u) + weight_decay param): an update stretches no vector by
+    much more than lr, whichever directions the gradients prefer. For a tall matrix the root keeps the typical size of
+    an output's entries. c_attn is three maps, q, k and v, each of them orthogonalised by itself. As in AdamW, lr scales
+    the decay too. There is no second moment and no bias correction, as the scale of u does not matter.
+
+    params: the matrices to learn (see split_params), which must be writable
+    momentum: how much of the running mean stays at each step, in [0, 1)
+    weight_decay: at least 0
+
+    Raises ValueError that names the argument or the parameter.
+    """
+
+    def __init__(self, params: Params, *, momentum: float = 0.95, weight_decay: float = 0.1) -> None:
+        if not 0 <= momentum < 1:
+            raise ValueError(f"momentum must be in [0, 1), got {momentum!r}")
+        if not weight_decay >= 0:
+            raise ValueError(f"weight_decay must be at least 0, got {weight_decay!r}")
+        check_learnable(params)
+        for name, param in params.items():
+            if param.ndim != 2:
+                raise ValueError(f"Muon learns matrices, got {name} of shape {param.shape}: leave it to AdamW")
+        self.params, self.momentum, self.weight_decay = params, momentum, weight_decay
+        self.m = {name: np.zeros_like(param) for name, param in params.items()}
+
+    def step(self, grads: Params, lr: float) -> None:
+        """One update with learning rate lr. Matrices of one shape are orthogonalised together.
+
+        Raises ValueError if lr is negative or not finite, or if grads does not have exactly the names and shapes of
+        params; then nothing has changed.
+        """
+        check_update(self.params, grads, lr)
+        by_shape: dict[tuple[int, ...], list[tuple[np.ndarray, np.ndarray]]] = {}
+        for name, param in self.params.items():
+            grad = grads[name]
+            m = self.momentum * self.m[name] + (1 - self.momentum) * grad
+            ahead = self.momentum * m + (1 - self.momentum) * grad
+            self.m[name] = m
+            maps = 3 if name.endswith("c_attn.weight") else 1  # q, k and v are three maps in one array
+            for pair in zip(np.split(param, maps), np.split(ahead, maps), strict=True):
+                by_shape.setdefault(pair[0].shape, []).append(pair)
+        for (rows, columns), pairs in by_shape.items():
+            scale = math.sqrt(max(1, rows / columns))
+            updates = orthogonalize(np.stack([ahead for _, ahead in pairs]))
+            for (param, _), update in zip(pairs, updates, strict=True):
+                param -= lr * (scale * update + self.weight_decay * param)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -874,6 +955,25 @@ def check_sampling(temperature: float, top_k: int | None) -> None:
         raise ValueError(f"temperature must be a finite number of at least 0, got {temperature!r}")
     if top_k is not None and (not is_integer(top_k) or top_k < 1):
         raise ValueError(f"top_k must be None or an integer of at least 1, got {top_k!r}")
+
+
+def check_learnable(params: Params) -> None:
+    """Raises ValueError that names a parameter which an optimizer could not write to."""
+    for name, param in params.items():
+        if not param.flags.writeable:
+            raise ValueError(f"{name} must be writable to be learned, got a read-only array: copy it first")
+
+
+def check_update(params: Params, grads: Params, lr: float) -> None:
+    """Raises ValueError unless grads has exactly the names and shapes of params, and lr is finite and at least 0."""
+    if not 0 <= lr < math.inf:
+        raise ValueError(f"lr must be a finite number of at least 0, got {lr!r}")
+    if grads.keys() != params.keys():
+        wrong = sorted(grads.keys() ^ params.keys())
+        raise ValueError(f"grads must have the names of params; missing or unknown: {', '.join(wrong)}")
+    for name, param in params.items():
+        if grads[name].shape != param.shape:
+            raise ValueError(f"the gradient of {name} must have shape {param.shape}, got {grads[name].shape}")
 
 
 def check_finite(logits: Array, params: Params) -> None:

@@ -32,7 +32,7 @@ from data.tokenizers import Tokenizer
 from numpygpt import GPT, GPTConfig, Params, check_sampling
 from training.batches import step_rng
 from training.parallel import tune_process
-from training.run import load_run
+from training.run import load_run, read_config
 
 Engine = Literal["numpy", "torch"]
 
@@ -86,6 +86,7 @@ def write_samples(
     seed: int,
     num_samples: int,
     engine: Engine,
+    special_tokens: bool = False,
 ) -> None:
     """Print the prompt and what follows it, as it is generated, num_samples times. Raises UserError.
 
@@ -103,7 +104,8 @@ def write_samples(
     except ValueError as error:
         raise UserError(str(error)) from error
     config, weights, tokenizer = load_for_sampling(folder)
-    ids = tokenizer.encode(prompt) if prompt else first_ids(tokenizer)
+    special = tokenizer.special_tokens if special_tokens or read_config(folder).training.special_tokens else ()
+    ids = tokenizer.encode(prompt, allowed_special=special) if prompt else first_ids(tokenizer)
     for number in range(num_samples):
         if num_samples > 1:
             print(f"--- sample {number + 1} of {num_samples}")
@@ -150,6 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         seed: int = 1337,
         num_samples: int = 1,
         engine: Engine = "numpy",
+        special_tokens: bool = False,
     ) -> dict:
         """Text from a trained GPT, with either engine.
 
@@ -162,6 +165,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             seed: of the draws; one seed, one text, whichever engine.
             num_samples: how many texts to write, each with draws of its own.
             engine: what computes the model; the text is the same.
+            special_tokens: read special tokens in the prompt, as <|endoftext|>, as these tokens; always on if the run
+                was trained so.
         """
         return {
             "folder": run,
@@ -172,6 +177,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "seed": seed,
             "num_samples": num_samples,
             "engine": engine,
+            "special_tokens": special_tokens,
         }
 
     options = parse(arguments, "sample.py", argv)

@@ -17,7 +17,7 @@ from typing import TypeVar
 
 import tyro
 
-from common.errors import UserError, shorten
+from common.errors import UserError, message_line, shorten
 from common.startup import can_be_installed, how_to_install
 
 T = TypeVar("T")
@@ -35,7 +35,7 @@ def parse(kind: type[T] | Callable[..., T], program: str, argv: Sequence[str] | 
             return tyro.cli(kind, prog=program, args=argv, config=flat, **options)
     except SystemExit as stop:
         if stop.code:
-            message = one_line(box.getvalue())
+            message = message_line(one_line(box.getvalue()))
             print(f"error: {message}{hint(message, argv)} (see {program} --help)", file=sys.stderr)
         raise
 
@@ -106,7 +106,7 @@ def run_program(main: Callable[[], int]) -> int:
     except OSError:  # what is still buffered would fail again when Python ends, which then has a say of its own
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if message is not None:
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {message_line(message)}", file=sys.stderr)
     return status
 
 

@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from common.errors import UserError, shorten
-from data.checks import as_id, as_ids, check_no_surrogate
+from data.checks import as_id, as_ids, check_no_surrogate, check_special
 
 if TYPE_CHECKING:
     import tiktoken
@@ -159,11 +159,7 @@ class BPETokenizer:
         no UTF-8 can write, and for an `allowed_special` that is no special token.
         """
         check_no_surrogate(text)
-        for token in allowed_special:
-            if token not in self.special_tokens:
-                raise UserError(
-                    f"{shorten(token)} is no special token of this tokenizer: {shorten(self.special_tokens)}"
-                )
+        check_special(allowed_special, self.special_tokens)
         by_tiktoken = self._tiktoken if use_tiktoken else None
         parts = [np.empty(0, dtype=np.int32)]
         for place, run in enumerate(split_special(text, allowed_special)):

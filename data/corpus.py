@@ -29,7 +29,7 @@ import tyro
 from tqdm import tqdm
 
 from common.cli import parse, run_program
-from common.errors import UserError
+from common.errors import UserError, printable
 from common.files import read_bytes, write_atomically
 from data import verse
 from data.text import check_text
@@ -120,7 +120,7 @@ def fetch_shakespeare() -> None:
         content = download(SHAKESPEARE_URL, SHAKESPEARE_BYTES)
     except (OSError, http.client.HTTPException) as error:  # URLError, time-outs and TLS errors are OSErrors
         cause = error.reason if type(error) is urllib.error.URLError else error
-        reason = " ".join(str(cause).split()) or type(error).__name__
+        reason = printable(" ".join(str(cause).split()))[:200] or type(error).__name__
         raise UserError(f"could not download {SHAKESPEARE_URL}: {reason}") from error
     keep_shakespeare(content, SHAKESPEARE_URL)
 

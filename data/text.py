@@ -23,6 +23,11 @@ def normalize_text(text: str) -> str:
 
 def check_text(content: bytes, source: str) -> bytes:
     """The content of a file or a pipe, normalised. Raises UserError that names its source if it is not UTF-8."""
+    if is_utf16(content):
+        raise UserError(
+            f"{source} is UTF-16 text, and UTF-8 is expected: save it as UTF-8, or convert it with "
+            "iconv -f UTF-16 -t UTF-8"
+        )
     start = 0
     while start < len(content):  # block by block: a text as a str may take four times its bytes
         block = content[start : start + BLOCK_BYTES]
@@ -35,3 +40,16 @@ def check_text(content: bytes, source: str) -> bytes:
             ) from error
         start += decoded
     return normalize(content)
+
+
+def is_utf16(content: bytes) -> bool:
+    """Does it begin with the byte-order mark of UTF-16, or is every other byte what the upper halves of letters are?
+
+    In UTF-16 the upper byte of a character is 0 to 8 in most alphabets: control characters, of which no text has so
+    many. Where upper bytes are large, as in Chinese, the text is refused for not being UTF-8.
+    """
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return True
+    sample = content[:BLOCK_BYTES]
+    halves = sample[::2], sample[1::2]
+    return any(2 * sum(map(half.count, range(9))) > len(half) for half in halves)

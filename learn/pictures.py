@@ -101,16 +101,18 @@ def load_subject(run: Path, prompt: str | None) -> Subject:
     settings = read_config(run)
     corpus = own_corpus(settings)
     longest = min(config.block_size, MAX_PROMPT)
+    special = tokenizer.special_tokens if settings.training.special_tokens else ()
     if prompt is not None:
-        ids = tokenizer.encode(normalize_text(prompt)).astype(np.int64)
+        ids = tokenizer.encode(normalize_text(prompt), allowed_special=special).astype(np.int64)
     elif corpus is not None:
-        ids = tokenizer.encode(corpus.val_text[: 4 * longest]).astype(np.int64)[: longest + 1]
+        beginning = tokenizer.encode(corpus.val_text[: 4 * longest], allowed_special=special)
+        ids = beginning.astype(np.int64)[: longest + 1]
     else:
         raise UserError(f"prompt must be given: the text that {run} learned from is not here")
     if not 3 <= len(ids) <= longest + 1:
         raise UserError(f"prompt must have 3 to {longest + 1} tokens to be drawn, got {len(ids)}")
     trace = trace_numpy(config, weights, ids[None, :-1], ids[None, 1:])
-    train_tokens = tokenizer.encode("" if corpus is None else corpus.train_text)
+    train_tokens = tokenizer.encode("" if corpus is None else corpus.train_text, allowed_special=special)
     metrics = read_metrics(run / METRICS)
 
     left_out = {}

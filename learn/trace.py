@@ -121,7 +121,7 @@ class NumpyRecorder:
     Attention is computed in one tile, so that `att` is one tensor (B, nh, T, T).
     """
 
-    WATCHED = (
+    WATCHED: tuple[str, ...] = (
         *("layernorm_forward", "layernorm_backward", "linear_forward", "linear_backward"),
         *("softmax_forward", "softmax_backward", "attention_forward", "attention_backward"),
         *("scaled_dot_product_attention_forward", "block_backward", "cross_entropy_forward"),

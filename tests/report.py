@@ -182,8 +182,9 @@ float64 and 1.2e-7 in float32.
 ## The whole model
 
 Gradients, and logits and loss, of NumPy's model against an independent one. The last two columns compare each engine's
-float32 with float64. NumPy's rounding is of the same order as PyTorch's: from {min(float32):.1f} to {max(float32):.1f} times,
-tensor by tensor. With dropout, PyTorch drops what NumPy dropped; Hugging Face's model is compared without.
+float32 with float64. NumPy's rounding is of the same order as PyTorch's: from {min(float32):.1f} to
+{max(float32):.1f} times, tensor by tensor. With dropout, PyTorch drops what NumPy dropped; Hugging Face's model is
+compared without.
 
 {whole}
 

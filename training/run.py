@@ -12,7 +12,7 @@ import dataclasses
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -47,7 +47,13 @@ __all__ = ["METRICS", "PICTURE", "Run", "RunConfig", "load_run", "open_run", "re
 
 CONFIG, METRICS, PICTURE, LOCK = "config.json", "metrics.jsonl", "loss.png", "lock"
 CHECKPOINTS = ("last", "best")
-FIXED = ("seed", "batch_size", "tokenizer", "bpe_vocab_size")  # what a resumed run cannot change, besides the model
+FIXED = (
+    "seed",
+    "batch_size",
+    "tokenizer",
+    "bpe_vocab_size",
+    "special_tokens",
+)  # what a resumed run cannot change, besides the model
 NO_CORPUS = ""  # the corpus_sha256 of a run whose weights were imported, and that has learned from nothing yet
 
 Check = Callable[[GPTConfig, TrainConfig], None]  # raises what there is to say against a run
@@ -156,7 +162,7 @@ def resume_run(folder: Path, config: RunConfig, flags: Flags, engine: str, check
     changes |= changed(asdict(config.model), asdict(model)) | changed(asdict(config.training), asdict(training))
     for name, (before, after) in changes.items():
         precision = name == "dtype" and "float64" in (before, after)  # bfloat16 and float32 keep the same weights
-        fixed = name in FIXED and not (begins and name in ("seed", "batch_size"))
+        fixed = name in FIXED and not (begins and name in ("seed", "batch_size", "special_tokens"))
         if precision or fixed or (name in asdict(model) and name != "dropout"):
             raise UserError(f"{name} of a run cannot be changed: {folder} has {before}, not {after}")
     if not begins and corpus.sha256 != config.corpus_sha256:
@@ -198,8 +204,9 @@ def assemble(
     from bigram import bigram_loss
 
     splits = {0: corpus.train_text, len(corpus.train_text): corpus.val_text}
+    special = special_tokens(tokenizer, training, corpus)
     try:
-        train_tokens, val_tokens = (encode(tokenizer, text, folder, start) for start, text in splits.items())
+        train_tokens, val_tokens = (encode(tokenizer, text, folder, start, special) for start, text in splits.items())
     except UserError as error:
         raise UserError(f"{corpus.name} does not suit the tokenizer: {error}") from error
     if len(val_tokens) < 2:
@@ -215,16 +222,40 @@ def assemble(
     return Run(folder, engine, model, training, tokenizer, batches, val_tokens, val_chars, yardsticks, checkpoint)
 
 
-def encode(tokenizer: Tokenizer, text: str, folder: Path, start: int) -> np.ndarray:
+def special_tokens(tokenizer: Tokenizer, training: TrainConfig, corpus: "Corpus") -> tuple[str, ...]:
+    """The special tokens that are to be read in the text. If there are any, and they are not: say so. Raises UserError.
+
+    Texts are cut at white space before they are encoded, so a special token that holds some could be cut in two.
+    """
+    if training.special_tokens:
+        if not tokenizer.special_tokens:
+            raise UserError(f"the tokenizer {training.tokenizer} has no special tokens: leave out --special-tokens")
+        for token in tokenizer.special_tokens:
+            if len(token.split()) > 1 or token != token.strip():
+                raise UserError(f"special token {shorten(token)} holds white space: it cannot be read in a text")
+        return tokenizer.special_tokens
+    for token in tokenizer.special_tokens:
+        if times := corpus.text.count(token):
+            print(
+                f"{corpus.name} holds {shorten(token)} {times:,} time{'s' * (times > 1)}, learned as ordinary text: "
+                "--special-tokens would read it as the special token"
+            )
+    return ()
+
+
+def encode(tokenizer: Tokenizer, text: str, folder: Path, start: int, special: Collection[str]) -> np.ndarray:
     """The token ids of a text, (n,) int32, mapped from a file, so that a large corpus takes disk and not memory.
 
     The file has no name: it is in the folder as long as the array is, and a crash leaves nothing of it.
-    start: where in its corpus the text begins. Raises UserError that says from where on something cannot be encoded.
+    start: where in its corpus the text begins
+    special: the special tokens to read in it
+
+    Raises UserError that says from where on something cannot be encoded.
     """
     with tempfile.TemporaryFile(dir=folder) as file:
         for piece in cut(text):
             try:
-                file.write(tokenizer.encode(piece).astype(np.int32).tobytes())
+                file.write(tokenizer.encode(piece, allowed_special=special).astype(np.int32).tobytes())
             except UserError as error:
                 raise UserError(f"from its character {start:,} on, {error}") from error
             start += len(piece)

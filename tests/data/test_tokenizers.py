@@ -528,8 +528,14 @@ BPE = {"kind": "bpe", "byte_order": list(range(256)), "merges": [], "special_tok
         ("{}", "kind must be one of char, bpe, not None"),
         (
             {"version": "1.0", "model": {"type": "BPE"}},
-            "is Hugging Face's tokenizer.json, not ours: take the merges",
+            r"is Hugging Face's tokenizer.json, not a tokenizer.json of a run: take the merges.txt \(vocab.bpe\)",
         ),
+        ({"!": 0, "the": 1, "kinds": 2}, "is a list of tokens and their ids, as GPT-2's vocab.json .*take the merges"),
+        ({"tokenizer_class": "GPT2Tokenizer"}, "is Hugging Face's tokenizer_config.json"),
+        ({"model_type": "gpt2", "vocab_size": 50257}, "is the config.json of a model"),
+        ({"model": {}, "training": {}}, "is the config.json of a run"),
+        ({"eos_token": "<|endoftext|>"}, "is Hugging Face's special_tokens_map.json"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a Git LFS pointer"),
         ({"kind": "word"}, "kind must be one of char, bpe, not 'word'"),
         ({"kind": ["char"]}, r"kind must be one of char, bpe, not \['char'\]"),
         ({"kind": "x" * 10_000}, "kind must be one of .*xxx"),
@@ -678,6 +684,7 @@ def test_published_merges_may_have_windows_line_ends_or_no_first_line(tmp_path):
         (b"", "it holds no merge"),
         (b"#version: 0.2\n", "it holds no merge"),
         (b"\xff\xfe", "can't decode byte 0xff in position 0"),
+        (b'{"!": 0}', "it is JSON: name a tokenizer.json with its ending .json, or GPT-2's merges.txt"),
     ],
 )
 def test_a_merges_file_that_is_none_is_one_line(tmp_path, content, fault):

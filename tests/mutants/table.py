@@ -365,8 +365,71 @@ TABLE = {
         "test_bad_input.py::test_bad_sampling[top_k 0]": [
             ("top_k 0 is taken", "or top_k < 1)", "or top_k < 0)"),
         ],
+        "test_muon.py::test_orthogonalize_maps_each_singular_value_by_the_polynomial[square]": [
+            ("two digits of a Newton-Schulz coefficient exchanged", "-4.7750", "-4.7570"),
+            ("the square of the Gram matrix left out", "c * gram @ gram", "c * gram"),
+        ],
+        "test_muon.py::test_orthogonalize_of_a_tall_matrix_is_that_of_its_transpose": [
+            ("a tall matrix not transposed", "tall = g.shape[-2] > g.shape[-1]", "tall = False"),
+        ],
+        "test_muon.py::test_orthogonalize_brings_singular_values_into_the_band[random-huge-float64]": [
+            ("a norm whose squares overflow", "(np.abs(x).max(axis=(-2, -1), keepdims=True) + tiny)", "1"),
+        ],
+        "test_muon.py::test_orthogonalize_of_a_stack_is_that_of_each": [
+            ("a stack divided by one norm", "np.linalg.norm(x, axis=(-2, -1), keepdims=True)", "np.linalg.norm(x)"),
+        ],
+        "test_muon.py::test_muon": [
+            ("no look-ahead", "ahead = self.momentum * m + (1 - self.momentum) * grad", "ahead = m"),
+            (
+                "wide matrices scaled, not tall ones",
+                "math.sqrt(max(1, rows / columns))",
+                "math.sqrt(max(1, columns / rows))",
+            ),
+            ("the scale without its root", "math.sqrt(max(1, rows / columns))", "max(1, rows / columns)"),
+            (
+                "Muon's decay coupled: a part of the gradient",
+                "grad = grads[name]\n            m = self.momentum",
+                "grad = grads[name] + self.weight_decay * param\n            m = self.momentum",
+            ),
+        ],
+        "test_muon.py::test_muon_orthogonalises_q_k_and_v_apart[numpy]": [
+            (
+                "q, k and v orthogonalised as one matrix",
+                'maps = 3 if name.endswith("c_attn.weight") else 1',
+                "maps = 1",
+            ),
+        ],
+        "test_muon.py::test_muon_trains_the_matrices_inside_blocks": [
+            ("embeddings given to Muon", 'name.startswith("h.") and param.ndim == 2', "param.ndim == 2"),
+        ],
+        "test_muon.py::test_muon_moves_nothing_without_a_gradient_but_by_decay[numpy]": [
+            ("a matrix of zeros becomes NaN", "tiny = np.finfo(g.dtype).tiny", "tiny = 0"),
+        ],
     },
     "torchgpt.py": {
+        "test_muon.py::test_muon_is_the_same_in_both_engines_for_200_steps": [
+            (
+                "PyTorch's Muon without the look-ahead",
+                "ahead = momentum * m + (1 - momentum) * param.grad",
+                "ahead = m",
+            ),
+            (
+                "PyTorch's Muon scales wide matrices",
+                "math.sqrt(max(1, rows / columns))",
+                "math.sqrt(max(1, columns / rows))",
+            ),
+            (
+                "PyTorch's Muon decays by the weight_decay alone",
+                "lr * (scale * update + weight_decay * param)",
+                "lr * scale * update + weight_decay * param",
+            ),
+        ],
+        "test_muon.py::test_muon_orthogonalises_q_k_and_v_apart[torch]": [
+            ("PyTorch's q, k and v as one matrix", 'maps = 3 if name.endswith("c_attn.weight") else 1', "maps = 1"),
+        ],
+        "test_muon.py::test_orthogonalize_is_the_same_in_pytorch[(36, 12)]": [
+            ("PyTorch's orthogonalize does not transpose back", "return x.mT if tall else x", "return x"),
+        ],
         "test_model.py::test_parity_float64[explicit]": [
             ("scores not divided by sqrt(hs)", "scores / math.sqrt(hs)", "scores"),
             ("scores divided by hs", "scores / math.sqrt(hs)", "scores / hs"),

@@ -15,7 +15,7 @@ import data.corpus
 import data.tokenizers
 import sample
 from common.cli import run_program
-from common.errors import UserError
+from common.errors import UserError, shorten
 from tests.runs import ENGINES, ROOT, SMALL, arguments, command, measured, one_line, run, start, write_text
 from training.config import PRESETS
 from training.run import read_config
@@ -411,6 +411,36 @@ def test_a_missing_package_is_one_line(capsys: pytest.CaptureFixture) -> None:
 def test_a_module_that_nobody_can_install_is_a_bug(name: str | None) -> None:
     with pytest.raises(ModuleNotFoundError):
         failing(ModuleNotFoundError(name=name))
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        ("two\nlines", "two\\nlines"),
+        ("\x1b[2J a bell \a, \x85\u2028\u202e and \udcff", "\\x1b[2J a bell \\x07, \\x85\\u2028\\u202e and \\udcff"),
+        ("naïve 世界 🙂", "naïve 世界 🙂"),
+        ("a" * 3000 + "b" * 3000, "a" * 500 + " ... " + "b" * 500),
+    ],
+)
+def test_a_message_is_one_printable_line_of_bounded_length(
+    said: str, shown: str, capsys: pytest.CaptureFixture
+) -> None:
+    """Names of files, and what is in them, come from anywhere: escape sequences would be obeyed by a terminal."""
+    assert failing(UserError(said)) == 1
+    assert capsys.readouterr().err == f"error: {shown}\n"
+
+
+@pytest.mark.parametrize("value", ["\x1b[2J\n", ["\x1b\n"], {"\u202e": "\x9b"}, Path("a\nb\x1b"), "\ud800", "x" * 5000])
+def test_a_value_in_a_message_is_short_and_printable(value: object) -> None:
+    assert shorten(value).isprintable()
+    assert len(shorten(value)) < 100
+
+
+def test_a_flag_that_holds_control_characters_is_one_printable_line(capsys: pytest.CaptureFixture) -> None:
+    assert run("numpy", ["--\x1b[2J\n\n" + "x" * 3000]) == 2
+    message = one_line(capsys.readouterr().err)
+    assert message.rstrip("\n").isprintable()
+    assert len(message) < 1100
 
 
 @pytest.mark.parametrize("code", [0, 2, None])
