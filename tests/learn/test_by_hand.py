@@ -82,7 +82,7 @@ def compute(params: Tensors) -> Tensors:
     qkv, qkv_saved = numpygpt.linear_forward(t["branch (ln_1)"], attn["c_attn.weight"], None)
     q, k, v = t["q"], t["k"], t["v"] = np.split(qkv, 3, axis=-1)
     t["scores"] = q @ k.swapaxes(-1, -2)
-    t["att"] = numpygpt.mask_future(t["scores"] / math.sqrt(3))
+    t["att"] = np.where(np.triu(np.ones((3, 3), bool), k=1), -np.inf, t["scores"] / math.sqrt(3))
     t["y"], sdpa_saved = numpygpt.scaled_dot_product_attention_forward(q[None], k[None], v[None])
     t["probs"] = sdpa_saved[3]
     t["branch (attn)"], proj_saved = numpygpt.linear_forward(t["y"][0], attn["c_proj.weight"], None)
