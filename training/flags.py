@@ -40,5 +40,5 @@ def parse_flags(
     else:
         preset = asked.preset if asked.preset in PRESETS else preset
         model, training = PRESETS[preset].model, PRESETS[preset].training
-    default = kind(model, training, RunFlags(preset, resume=asked.resume), **groups)  # type: ignore[arg-type]  # checked
+    default = kind(model, training, RunFlags(preset, resume=asked.resume), **groups)
     return parse(kind, program, argv, description=description, default=default)
