@@ -15,20 +15,18 @@ import math
 import sys
 from typing import Annotated
 
-import numpy as np
+from common.startup import prepare_imports
 
+if __name__ == "__main__":
+    prepare_imports()
+
+import numpy as np
+import tyro
+
+from common.cli import parse, run_program
 from common.errors import UserError
 from data.corpus import load_corpus
 from data.tokenizers import CharTokenizer
-
-__all__ = [
-    "bigram_loss",
-    "count_pairs",
-    "cross_entropy_backward",
-    "cross_entropy_forward",
-    "train_table",
-    "unigram_entropy",
-]
 
 ALPHA = 0.1
 CHUNK = 1 << 20  # tokens counted at a time: a corpus may be a memory-mapped file larger than memory
@@ -145,9 +143,6 @@ def report(data: str | None, alpha: float, steps: int) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    import tyro  # here: whoever imports bigram_loss needs no command line
-
-    from common.cli import parse, run_program
 
     def arguments(
         data: Annotated[str | None, tyro.conf.arg(metavar="NAME|FILE")] = None,

@@ -3,7 +3,7 @@
     python sample.py runs/numpy-small
     python sample.py runs/numpy-small/last.safetensors
     python sample.py runs/numpy-small --prompt "ROMEO:" --max-new-tokens 500 --temperature 0.8 --top-k 40 --seed 7
-    echo "ROMEO:" | python sample.py runs/numpy-small
+    printf "ROMEO:" | python sample.py runs/numpy-small --prompt -
 
 The run's best checkpoint writes, or its last one if none was best yet. One seed gives one text, whichever engine
 computes it: both compute in float64, where the two agree too closely for any draw to fall between them. Only models
@@ -11,29 +11,33 @@ of GPT-2's size and more are sampled in the dtype of their weights: those may ta
 """
 
 import dataclasses
-import os
-import select
 import shlex
-import stat
 import sys
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Literal
 
+from common.startup import prepare_imports
+
+if __name__ == "__main__":
+    prepare_imports()
+
 import numpy as np
+import tyro
 
 from common.cli import parse, run_program
 from common.errors import UserError
+from data.text import check_text, normalize_text
 from data.tokenizers import Tokenizer
 from numpygpt import GPT, GPTConfig, Params, check_sampling
 from training.batches import step_rng
-from training.run import load_run
+from training.parallel import tune_process
+from training.run import load_run, read_config
 
 Engine = Literal["numpy", "torch"]
 
 LARGE = 50_000_000  # parameters, from which on a model is sampled in the dtype of its weights
-PATIENCE = 1.0  # seconds in which something must come from a pipe that nobody asked to be read
 
 
 def load_for_sampling(folder: Path) -> tuple[GPTConfig, Params, Tokenizer]:
@@ -56,20 +60,23 @@ def token_stream(
     top_k: int | None,
 ) -> Iterator[int]:
     """Token ids after prompt (T,), without end, from either engine. Raises ValueError on impossible settings."""
-    options = {"temperature": temperature, "top_k": top_k, "rng": rng}
     large = sum(weight.size for weight in weights.values()) >= LARGE
     dtype = weights["wte.weight"].dtype if large else np.dtype(np.float64)
     if engine == "numpy":
-        stream = GPT(config, weights, dtype=dtype).stream(prompt[None], **options)
+        tune_process(threads=1)
+        gpt = GPT(config, weights, dtype=dtype.type)
+        for tokens in gpt.stream(prompt[None], temperature=temperature, top_k=top_k, rng=rng):
+            yield int(tokens[0])
     else:
         import torch  # here: the NumPy engine must run without it
 
         import torchgpt
 
-        gpt = torchgpt.GPT(config, dtype=getattr(torch, dtype.name))
-        gpt.load_state_dict({name: torch.tensor(weight) for name, weight in weights.items()})
-        stream = gpt.stream(torch.from_numpy(prompt[None].astype(np.int64)), **options)
-    return (int(tokens[0]) for tokens in stream)
+        model = torchgpt.GPT(config, dtype=getattr(torch, dtype.name))
+        model.load_state_dict({name: torch.tensor(weight) for name, weight in weights.items()})
+        idx = torch.from_numpy(prompt[None].astype(np.int64))
+        for token in model.stream(idx, temperature=temperature, top_k=top_k, rng=rng):
+            yield int(token[0])
 
 
 def write_samples(
@@ -82,6 +89,7 @@ def write_samples(
     seed: int,
     num_samples: int,
     engine: Engine,
+    special_tokens: bool = False,
 ) -> None:
     """Print the prompt and what follows it, as it is generated, num_samples times. Raises UserError.
 
@@ -99,7 +107,8 @@ def write_samples(
     except ValueError as error:
         raise UserError(str(error)) from error
     config, weights, tokenizer = load_for_sampling(folder)
-    ids = tokenizer.encode(prompt) if prompt else first_ids(tokenizer)
+    special = tokenizer.special_tokens if special_tokens or read_config(folder).training.special_tokens else ()
+    ids = tokenizer.encode(prompt, allowed_special=special) if prompt else first_ids(tokenizer)
     for number in range(num_samples):
         if num_samples > 1:
             print(f"--- sample {number + 1} of {num_samples}")
@@ -127,40 +136,28 @@ def first_ids(tokenizer: Tokenizer) -> np.ndarray:
 def show_sample(folder: Path, engine: Engine) -> None:
     """What a trainer ends with: a short text from what it has just saved, and how to get more."""
     print("\na sample of the best checkpoint:\n")
-    options = {"prompt": None, "max_new_tokens": 300, "temperature": 0.8, "top_k": None, "seed": 1337, "num_samples": 1}
-    write_samples(folder, engine=engine, **options)
+    write_samples(
+        folder,
+        prompt=None,
+        max_new_tokens=300,
+        temperature=0.8,
+        top_k=None,
+        seed=1337,
+        num_samples=1,
+        engine=engine,
+    )
     print(f"\nmore of it:\n    python sample.py {shlex.quote(str(folder))} --engine {engine} --max-new-tokens 1000")
 
 
-def piped_prompt() -> str | None:
-    """The text on standard input if it is a pipe or a file, as it stands. Raises UserError if it is not UTF-8.
-
-    Who starts a program from another one often leaves it a pipe that nobody will ever write to, nor close.
-    """
-    if sys.stdin is None:
-        return None
-    mode = os.fstat(sys.stdin.fileno()).st_mode
-    if not (stat.S_ISFIFO(mode) or stat.S_ISREG(mode)):
-        return None
-    if os.name == "posix" and not select.select([sys.stdin], [], [], PATIENCE)[0]:
-        print("nothing comes from standard input, so on without a prompt; --prompt - would wait", file=sys.stderr)
-        return None
-    return read_prompt()
-
-
 def read_prompt() -> str:
-    """All of standard input. Raises UserError if it is closed, or not UTF-8."""
+    """All of standard input, however long it takes. Raises UserError if it is closed, or not UTF-8."""
     if sys.stdin is None:
         raise UserError("no prompt: standard input is closed")
-    try:
-        return sys.stdin.buffer.read().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"the prompt on standard input is not UTF-8: {error.reason} at byte {error.start}") from error
+    return check_text(sys.stdin.buffer.read(), "the prompt on standard input").decode()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    import tyro
 
     def arguments(
         run: Annotated[Path, tyro.conf.Positional],
@@ -171,18 +168,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         seed: int = 1337,
         num_samples: int = 1,
         engine: Engine = "numpy",
+        special_tokens: bool = False,
     ) -> dict:
         """Text from a trained GPT, with either engine.
 
         Args:
             run: the folder that a trainer kept its run in, or one of the .safetensors files there.
-            prompt: the text to continue; - reads it from standard input, as does a pipe when there is no --prompt.
+            prompt: the text to continue; - reads all of standard input, which nothing else does.
             max_new_tokens: how many tokens to add.
             temperature: divides the logits; below 1 is bolder, 0 always takes the likeliest token.
             top_k: draw from the k likeliest tokens only.
             seed: of the draws; one seed, one text, whichever engine.
             num_samples: how many texts to write, each with draws of its own.
             engine: what computes the model; the text is the same.
+            special_tokens: read special tokens in the prompt, as <|endoftext|>, as these tokens; always on if the run
+                was trained so.
         """
         return {
             "folder": run,
@@ -193,13 +193,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             "seed": seed,
             "num_samples": num_samples,
             "engine": engine,
+            "special_tokens": special_tokens,
         }
 
     options = parse(arguments, "sample.py", argv)
     if options["prompt"] == "-":
         options["prompt"] = read_prompt()
-    elif options["prompt"] is None:
-        options["prompt"] = piped_prompt()
+    elif options["prompt"] is not None:
+        options["prompt"] = normalize_text(options["prompt"])
     write_samples(**options)
     return 0
 

@@ -14,12 +14,13 @@ is measured and kept, is training/loop.py, which train_torch.py runs just the sa
 import os
 import sys
 
-from common.cli import quit_on_interrupt, run_program
+for blas in ("OPENBLAS", "MKL", "VECLIB"):  # training.parallel has threads of its own, which pay better
+    os.environ.setdefault(f"{blas}_NUM_THREADS", "1")
+
+from common.startup import prepare_imports
 
 if __name__ == "__main__":
-    quit_on_interrupt()
-for blas in ("OPENBLAS", "MKL", "VECLIB"):  # the model cuts its batches into threads itself, which pays better
-    os.environ.setdefault(f"{blas}_NUM_THREADS", "1")
+    prepare_imports()
 
 import dataclasses
 import math
@@ -28,8 +29,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from common.cli import run_program
+from common.cores import usable_cores
 from common.errors import UserError
-from numpygpt import GPT, AdamW, GPTConfig, Params, clip_grad_norm
+from numpygpt import GPT, AdamW, GPTConfig, clip_grad_norm
 from sample import show_sample
 from training.batches import Batch, step_rng
 from training.checkpoint import Snapshot
@@ -37,6 +40,7 @@ from training.config import Flags, TrainConfig
 from training.flags import parse_flags
 from training.loop import Engine, train
 from training.memory import MemoryUse
+from training.parallel import add_grads, loss_and_grads_in_parts, loss_in_parts, tune_process
 from training.run import open_run
 
 MEMORY = MemoryUse(scores_kept=True)
@@ -45,12 +49,14 @@ MEMORY = MemoryUse(scores_kept=True)
 class NumpyEngine(Engine):
     """numpygpt.py's model and optimizer, as training.loop wants them.
 
-    threads: into how many parts the model cuts a batch, to compute them side by side
+    threads: into how many parts a micro-batch is cut, to compute them side by side
     """
 
     def __init__(self, model: GPTConfig, training: TrainConfig, threads: int) -> None:
         dtype = np.float64 if training.dtype == "float64" else np.float32
-        self.gpt = GPT(model, seed=training.seed, dtype=dtype, threads=threads)
+        self.threads = threads
+        tune_process(threads)
+        self.gpt = GPT(model, seed=training.seed, dtype=dtype)
         betas = (training.beta1, training.beta2)
         self.optimizer = AdamW(self.gpt.params, betas=betas, weight_decay=training.weight_decay)
         self.seed, self.grad_clip = training.seed, training.grad_clip or math.inf
@@ -61,9 +67,9 @@ class NumpyEngine(Engine):
         rng = step_rng(self.seed, step, "dropout")
         total_loss, total_grads = 0.0, dict[str, np.ndarray]()
         for idx, targets in micro_batches:
-            loss, grads = self.gpt.loss_and_grads(idx, targets, rng=rng, count=count)
-            total_loss += float(loss)
-            total_grads = add(total_grads, grads) if total_grads else grads
+            loss, grads = loss_and_grads_in_parts(self.gpt, idx, targets, rng=rng, count=count, threads=self.threads)
+            total_loss += loss
+            total_grads = add_grads(total_grads, grads) if total_grads else grads
         norm = clip_grad_norm(total_grads, self.grad_clip)
         if not (math.isfinite(total_loss) and math.isfinite(norm)):
             broken = [name for name, grad in total_grads.items() if not np.isfinite(grad).all()]
@@ -72,9 +78,7 @@ class NumpyEngine(Engine):
         return total_loss, norm
 
     def loss(self, idx: np.ndarray, targets: np.ndarray) -> float:
-        _, loss = self.gpt.forward(idx, targets)
-        assert loss is not None
-        return float(loss)
+        return loss_in_parts(self.gpt, idx, targets, threads=self.threads)
 
     def num_params(self) -> int:
         return self.gpt.num_params()
@@ -93,13 +97,6 @@ class NumpyEngine(Engine):
         self.optimizer.t = step
 
 
-def add(grads: Params, others: Params) -> Params:
-    """grads plus others, in place."""
-    for name, grad in grads.items():
-        grad += others[name]
-    return grads
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     flags = parse_flags(argv, Flags, "train_numpy.py", preset="small", description=str(__doc__).split("\n")[0])
@@ -112,7 +109,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     warnings.simplefilter("ignore", RuntimeWarning)  # NumPy's of NaN and infinity, at which the engine stops anyway
     with open_run(flags, "numpy", MEMORY) as run:
-        engine = NumpyEngine(run.model, run.training, flags.run.threads or os.cpu_count() or 1)
+        threads = flags.run.threads or usable_cores()
+        print(f"computing in {threads} thread{'s' * (threads > 1)}")
+        engine = NumpyEngine(run.model, run.training, threads)
         stopped_by = train(engine, run)
     if stopped_by is not None:
         return 128 + stopped_by

@@ -11,30 +11,27 @@ is measured and kept, is training/loop.py, which train_numpy.py runs just the sa
 training/torch_device.py, torch_ddp.py and torch_graph.py.
 """
 
-import importlib.util
-import sys
-
-from common.cli import quit_on_interrupt, run_program
-
-if __name__ == "__main__":
-    quit_on_interrupt()
-    if importlib.util.find_spec("torch") is None:
-        sys.exit("error: needs the package torch: pip install -r requirements-dev.txt")
-
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import cast
 
+from common.startup import prepare_imports
+
+if __name__ == "__main__":
+    prepare_imports()
+
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from common.cli import run_program
 from common.errors import UserError
 from numpygpt import GPTConfig, check_batch, check_ids
 from sample import show_sample
-from torchgpt import GPT, decay_groups, without_dropout
+from torchgpt import GPT, decay_groups
 from training.batches import Batch, step_rng
 from training.checkpoint import Snapshot
 from training.config import TrainConfig
@@ -67,6 +64,17 @@ class Loss(nn.Module):
 
     def forward(self, idx: Tensor, targets: Tensor) -> Tensor:
         return self.gpt(idx, targets)[1]
+
+
+@contextmanager
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; afterwards the mode that the model was in before."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 class TorchEngine(Engine):

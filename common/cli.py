@@ -7,23 +7,28 @@ run; --help shows whichever are in force.
 import contextlib
 import io
 import os
+import re
+import shlex
 import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from itertools import dropwhile, takewhile
-from pathlib import Path
+from itertools import dropwhile, pairwise, takewhile
 from typing import TypeVar
 
-from common.errors import UserError
+import tyro
+
+from common.errors import UserError, message_line, shorten
+from common.startup import can_be_installed, how_to_install
 
 T = TypeVar("T")
+
+PATH_FLAGS = {"--data", "--from", "--out", "--resume", "--run", "--run-dir", "--tokenizer"}
 
 
 def parse(kind: type[T] | Callable[..., T], program: str, argv: Sequence[str] | None, **options: object) -> T:
     """tyro.cli with flat flags; where it would draw a box around an error: one line on stderr, and exit status 2."""
-    import tyro
-
+    argv = expand_home(sys.argv[1:] if argv is None else argv)
     flat = (tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone)  # None is what a flag is when it is not given
     box = io.StringIO()
     try:
@@ -31,8 +36,35 @@ def parse(kind: type[T] | Callable[..., T], program: str, argv: Sequence[str] | 
             return tyro.cli(kind, prog=program, args=argv, config=flat, **options)
     except SystemExit as stop:
         if stop.code:
-            print(f"error: {one_line(box.getvalue())} (see {program} --help)", file=sys.stderr)
+            message = message_line(one_line(box.getvalue()))
+            print(f"error: {message}{hint(message, argv)} (see {program} --help)", file=sys.stderr)
         raise
+
+
+def expand_home(argv: Sequence[str]) -> list[str]:
+    """The command line with ~ expanded in paths, which a shell leaves as it is in --run-dir=~/x."""
+    expanded: list[str] = []
+    for word in argv:
+        flag, equals, value = word.partition("=")
+        if equals and dashed(flag) in PATH_FLAGS:
+            word = f"{flag}={os.path.expanduser(value)}"
+        elif expanded and dashed(expanded[-1]) in PATH_FLAGS:
+            word = os.path.expanduser(word)
+        expanded.append(word)
+    return expanded
+
+
+def dashed(flag: str) -> str:
+    """--run_dir, which tyro understands too, as --run-dir."""
+    return flag.replace("_", "-")
+
+
+def hint(message: str, argv: Sequence[str]) -> str:
+    """What to add to tyro's message when a flag seems to have no value, because the value begins with a hyphen."""
+    for flag, value in pairwise(argv):
+        if re.match("-(?!-[a-z])", value) and message.startswith(f"Missing value for argument '{dashed(flag)}'"):
+            return f" If {shorten(value)} is the value, write {flag}={shlex.quote(value)}"
+    return ""
 
 
 def one_line(box: str) -> str:
@@ -52,8 +84,9 @@ def run_program(main: Callable[[], int]) -> int:
     status, message = 1, None
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C is a KeyboardInterrupt again
-    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":  # None where there is no console
-        sys.stdout.reconfigure(errors="backslashreplace")  # a text may have characters that a terminal has not
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # None where there is no console
+            stream.reconfigure(errors="backslashreplace")  # a text may have characters that a terminal does not
     try:
         return run_and_flush(main)
     except UserError as error:
@@ -61,7 +94,7 @@ def run_program(main: Callable[[], int]) -> int:
     except ModuleNotFoundError as error:
         if not can_be_installed(error.name):
             raise
-        message = f"needs the package {error.name}: pip install -r requirements-dev.txt"
+        message = how_to_install(error.name)
     except MemoryError as error:
         message = f"not enough memory: {error or 'lower batch_size or the sizes of the model'}"
     except BrokenPipeError:  # whoever read the output has seen enough
@@ -76,14 +109,8 @@ def run_program(main: Callable[[], int]) -> int:
     except OSError:  # what is still buffered would fail again when Python ends, which then has a say of its own
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if message is not None:
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {message_line(message)}", file=sys.stderr)
     return status
-
-
-def quit_on_interrupt() -> None:
-    """Until run_program takes over, Ctrl-C ends the process without a traceback: packages may take seconds to load."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # and is not ignored, as in the background
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def run_and_flush(main: Callable[[], int]) -> int:
@@ -94,11 +121,3 @@ def run_and_flush(main: Callable[[], int]) -> int:
         status = stop.code or 0
     print(end="", flush=True)
     return status
-
-
-def can_be_installed(module: str | None) -> bool:
-    """Is a module that was not found a package of somebody else's? Not a part of one, of Python or of this project."""
-    if module is None or "." in module or module in sys.stdlib_module_names:
-        return False
-    here = Path(__file__).resolve().parent.parent
-    return not ((here / module).is_dir() or (here / f"{module}.py").exists())

@@ -2,6 +2,8 @@
 
 import reprlib
 
+MAX_MESSAGE = 1000  # characters of a program's error line
+
 
 class UserError(ValueError):
     """Something that the user caused and can fix. The message is one line: what came, what was expected, what to do.
@@ -11,10 +13,18 @@ class UserError(ValueError):
 
 
 def shorten(value: object) -> str:
-    """repr on one line, cut to fit a message. A long list is not written out only to be cut."""
-    return reprlib.repr(value)
+    """repr on one line, printable, cut to fit a message. A long list is not written out only to be cut."""
+    return printable(reprlib.repr(value))
 
 
 def printable(text: str) -> str:
-    """A text that came from a file, without line ends and control characters: they are written as escapes."""
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+    """The text with whatever does not print, line ends included, as an escape."""
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def message_line(message: str) -> str:
+    """A message as a program shows it: one line that any terminal can take, whatever names of files are in it."""
+    line = printable(message)
+    return line if len(line) <= MAX_MESSAGE else f"{line[: MAX_MESSAGE // 2]} ... {line[-MAX_MESSAGE // 2 :]}"

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MAX_JSON_BYTES = 1 << 20
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # how such a file begins
 
 T = TypeVar("T")
 
@@ -114,7 +115,11 @@ def open_regular(path: str | os.PathLike, expected: str) -> BinaryIO:
 
 
 def read_bytes(path: str | os.PathLike, expected: str, *, max_bytes: int | None = None) -> bytes:
-    """All bytes of a regular file. Raises UserError as open_regular does, or if it has more than `max_bytes`."""
+    """All bytes of a regular file.
+
+    Raises UserError as open_regular does, or if it has more than `max_bytes`, or if it is only the pointer that Git LFS
+    leaves instead of a large file.
+    """
     with open_regular(path, expected) as file:
         try:
             if max_bytes is None:
@@ -128,6 +133,8 @@ def read_bytes(path: str | os.PathLike, expected: str, *, max_bytes: int | None 
             raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     if max_bytes is not None and len(content) > max_bytes:
         raise UserError(f"{path} has more than {max_bytes:,} bytes: expected {expected}")
+    if content.startswith(LFS_POINTER):
+        raise UserError(f"{path} is a Git LFS pointer, not the file itself: fetch that with git lfs pull")
     return content
 
 

@@ -1,11 +1,11 @@
 """What every tokenizer checks: texts that can be written as UTF-8, and ids that are in the vocabulary."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import numpy as np
 
-from common.errors import UserError
+from common.errors import UserError, shorten
 
 
 def check_no_surrogate(text: str) -> None:
@@ -15,6 +15,13 @@ def check_no_surrogate(text: str) -> None:
             f"lone surrogate U+{ord(found[0]):04X} at position {found.start()}: it is half of a character; "
             "the text was decoded wrongly"
         )
+
+
+def check_special(allowed: Collection[str], special_tokens: Collection[str]) -> None:
+    """Raise UserError if one of the special tokens that are to be read in a text is none of the tokenizer's."""
+    for token in allowed:
+        if token not in special_tokens:
+            raise UserError(f"{shorten(token)} is no special token of this tokenizer: {shorten(special_tokens)}")
 
 
 def as_ids(ids: Iterable[int] | np.ndarray, vocab_size: int) -> np.ndarray:

@@ -20,13 +20,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+from common.startup import prepare_imports
+
+if __name__ == "__main__":
+    prepare_imports()
+
 import tyro
 from tqdm import tqdm
 
 from common.cli import parse, run_program
-from common.errors import UserError
+from common.errors import UserError, printable
 from common.files import read_bytes, write_atomically
 from data import verse
+from data.text import check_text
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -114,7 +120,7 @@ def fetch_shakespeare() -> None:
         content = download(SHAKESPEARE_URL, SHAKESPEARE_BYTES)
     except (OSError, http.client.HTTPException) as error:  # URLError, time-outs and TLS errors are OSErrors
         cause = error.reason if type(error) is urllib.error.URLError else error
-        reason = " ".join(str(cause).split()) or type(error).__name__
+        reason = printable(" ".join(str(cause).split()))[:200] or type(error).__name__
         raise UserError(f"could not download {SHAKESPEARE_URL}: {reason}") from error
     keep_shakespeare(content, SHAKESPEARE_URL)
 
@@ -147,23 +153,13 @@ def keep_shakespeare(content: bytes, source: str | os.PathLike) -> None:
 
 
 def read_file(path: str | os.PathLike) -> tuple[str, str]:
-    """The text of a UTF-8 file, and the SHA-256 of its bytes.
+    """The text of a UTF-8 file, normalised so that it gives one vocabulary whatever system it was saved on, and the
+    SHA-256 of its bytes.
 
-    A byte-order mark at the beginning is dropped, and Windows line ends (CR LF) become LF, so that one text gives one
-    vocabulary whatever system it was saved on. A CR by itself is a character like any other.
     Raises UserError for a path that cannot be read, and for a text that nothing can be learned from.
     """
     content = read_bytes(path, "shakespeare_char, verse, or the path of a UTF-8 text file")
-    try:
-        text = content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path} is not UTF-8 text: byte {content[error.start]:#04x} at offset {error.start} ({error.reason}); "
-            "save it as UTF-8"
-        ) from error
-    text = text.removeprefix("\ufeff")
-    if "\r\n" in text:
-        text = text.replace("\r\n", "\n")
+    text = check_text(content, str(path)).decode()
     if not text:
         raise UserError(f"{path} is empty; a corpus needs at least two distinct characters")
     if text.count(text[0]) == len(text):

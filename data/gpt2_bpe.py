@@ -32,6 +32,10 @@ def load_merges(path: str | os.PathLike) -> BPETokenizer:
     ids = {symbol: rank for rank, symbol in enumerate(symbols)}
     merges = []
     try:
+        if content.lstrip().startswith(b"{"):
+            raise UserError(
+                "it is JSON: name a tokenizer.json with its ending .json, or GPT-2's merges.txt (vocab.bpe)"
+            )
         lines = content.decode("utf-8").split("\n")
         if lines[-1] == "":
             lines.pop()

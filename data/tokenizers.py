@@ -14,12 +14,17 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Protocol
+
+from common.startup import prepare_imports
+
+if __name__ == "__main__":
+    prepare_imports()
 
 import numpy as np
 import tyro
@@ -28,7 +33,7 @@ from common.cli import parse, run_program
 from common.errors import UserError, shorten
 from common.files import read_json, write_atomically
 from data.bpe import BPETokenizer
-from data.checks import as_id, as_ids, check_no_surrogate
+from data.checks import as_id, as_ids, check_no_surrogate, check_special
 from data.corpus import load_corpus
 from data.gpt2_bpe import gpt2_tokenizer, load_merges
 
@@ -44,8 +49,14 @@ class Tokenizer(Protocol):
     @property
     def vocab_size(self) -> int: ...
 
-    def encode(self, text: str) -> np.ndarray:
-        """(n,) int32. Raises UserError for a text that has no ids."""
+    @property
+    def special_tokens(self) -> tuple[str, ...]: ...
+
+    def encode(self, text: str, *, allowed_special: Collection[str] = ()) -> np.ndarray:
+        """(n,) int32. Raises UserError for a text that has no ids, and for a special token that there is not.
+
+        allowed_special: the special tokens whose text is to become their id; others are text like any other
+        """
         ...
 
     def decode(self, ids: Iterable[int] | np.ndarray) -> str:
@@ -64,6 +75,7 @@ class CharTokenizer:
     characters: str
 
     kind: ClassVar[str] = "char"
+    special_tokens: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         if not self.characters:
@@ -99,8 +111,9 @@ class CharTokenizer:
         ids[self._code_points] = np.arange(self.vocab_size, dtype=np.int32)
         return ids
 
-    def encode(self, text: str) -> np.ndarray:
+    def encode(self, text: str, *, allowed_special: Collection[str] = ()) -> np.ndarray:
         """(len(text),) int32. Raises UserError for a character that is not in the vocabulary, and names it."""
+        check_special(allowed_special, self.special_tokens)
         ids = np.empty(len(text), dtype=np.int32)
         for start in range(0, len(text), PIECE_CHARS):
             points = code_points(text[start : start + PIECE_CHARS])
@@ -179,15 +192,33 @@ def save(tokenizer: Tokenizer, path: str | os.PathLike) -> None:
 def load(path: str | os.PathLike) -> CharTokenizer | BPETokenizer:
     """Read what `save` wrote. Raises UserError, with the file and the fault, for a file that is anything else."""
     fields = read_json(Path(path), "a tokenizer.json", max_bytes=MAX_FILE_BYTES)
-    if "kind" not in fields and type(fields.get("model")) is dict:
+    if "kind" not in fields and (kind := foreign_kind(fields)) is not None:
         raise UserError(
-            f"{path} is Hugging Face's tokenizer.json, not ours: take the merges.txt beside it, or the tokenizer.json "
-            "of the run that python -m tools.export from-hf makes of the whole model"
+            f"{path} is {kind}, not a tokenizer.json of a run: take the merges.txt (vocab.bpe) beside it, or the "
+            "tokenizer.json of the run that python -m tools.export from-hf makes of the whole model"
         )
     try:
         return from_json(fields)
     except UserError as error:
         raise UserError(f"{path} is not a tokenizer: {error}") from error
+
+
+def foreign_kind(fields: dict) -> str | None:
+    """What a JSON file that comes with tokenizers elsewhere is; None if it is none of those."""
+    model = fields.get("model")
+    if type(model) is dict and {"type", "vocab"} & model.keys():
+        return "Hugging Face's tokenizer.json"
+    if "tokenizer_class" in fields or "added_tokens_decoder" in fields:
+        return "Hugging Face's tokenizer_config.json"
+    if "model_type" in fields:
+        return "the config.json of a model of Hugging Face's"
+    if {"model", "training"} <= fields.keys():
+        return "the config.json of a run"
+    if fields and all(type(value) is int for value in fields.values()):
+        return "a list of tokens and their ids, as GPT-2's vocab.json (encoder.json)"
+    if {"bos_token", "eos_token", "unk_token"} & fields.keys():
+        return "Hugging Face's special_tokens_map.json"
+    return None
 
 
 def get_tokenizer(name_or_file: str, text: str, bpe_vocab_size: int = 1024) -> Tokenizer:

@@ -24,6 +24,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from common.startup import prepare_imports
+
+if __name__ == "__main__":
+    prepare_imports()
+
 import numpy as np
 import tyro
 
@@ -32,6 +37,7 @@ from common.cli import parse, run_program
 from common.errors import UserError
 from common.files import write_atomically
 from data.corpus import Corpus, load_corpus
+from data.text import normalize_text
 from data.tokenizers import Tokenizer
 from learn.trace import Trace, trace_numpy
 from numpygpt import GPT, AdamW, GPTConfig, Params, clip_grad_norm
@@ -95,16 +101,18 @@ def load_subject(run: Path, prompt: str | None) -> Subject:
     settings = read_config(run)
     corpus = own_corpus(settings)
     longest = min(config.block_size, MAX_PROMPT)
+    special = tokenizer.special_tokens if settings.training.special_tokens else ()
     if prompt is not None:
-        ids = tokenizer.encode(prompt).astype(np.int64)
+        ids = tokenizer.encode(normalize_text(prompt), allowed_special=special).astype(np.int64)
     elif corpus is not None:
-        ids = tokenizer.encode(corpus.val_text[: 4 * longest]).astype(np.int64)[: longest + 1]
+        beginning = tokenizer.encode(corpus.val_text[: 4 * longest], allowed_special=special)
+        ids = beginning.astype(np.int64)[: longest + 1]
     else:
         raise UserError(f"prompt must be given: the text that {run} learned from is not here")
     if not 3 <= len(ids) <= longest + 1:
         raise UserError(f"prompt must have 3 to {longest + 1} tokens to be drawn, got {len(ids)}")
     trace = trace_numpy(config, weights, ids[None, :-1], ids[None, 1:])
-    train_tokens = tokenizer.encode("" if corpus is None else corpus.train_text)
+    train_tokens = tokenizer.encode("" if corpus is None else corpus.train_text, allowed_special=special)
     metrics = read_metrics(run / METRICS)
 
     left_out = {}
@@ -179,7 +187,7 @@ def draw_map(axes: "Axes", values: np.ndarray, labels: list[str], *, rows: bool,
 
 
 def draw_mask(subject: Subject) -> "Figure":
-    """Left and middle: one head's scores with the mask, and what the softmax makes of them. Right: causal_blocks."""
+    """Left and middle: one head's scores with the mask, and what the softmax makes of them. Right: causal_tiles."""
     n = min(8, len(subject.ids) - 1)
     labels = subject.labels(subject.ids[:n])
     att, probs = (subject.trace.forward[f"h.0.attn.{name}"][0, 0, :n, :n] for name in ("att", "probs"))
@@ -204,12 +212,11 @@ def draw_mask(subject: Subject) -> "Figure":
             dark = s <= t and abs(value) > (0.6 if axes is middle else 0.6 * largest)
             axes.text(s, t, text, ha="center", va="center", fontsize=8, color="white" if dark else "black")
 
-    T = 4 * numpygpt.ATTENTION_BLOCK
+    T = 4 * numpygpt.ATTENTION_TILE
     kind = np.zeros((T, T))  # 0 never computed, 1 computed and masked, 2 used
-    for rows, keys in numpygpt.causal_blocks(T, T):
-        scores = np.zeros((1, 1, rows.stop - rows.start, keys.stop))
-        numpygpt.mask_future(scores)
-        kind[rows, keys] = np.where(np.isneginf(scores[0, 0]), 1, 2)
+    for queries, keys in numpygpt.causal_tiles(T, T):
+        kind[queries, keys] = 1
+    kind[np.tri(T, dtype=bool)] += 1
     right.imshow(kind, cmap="Blues", vmin=0, vmax=3, interpolation="nearest")
     right.set_xticks(np.arange(0, T + 1, T // 4))
     right.set_yticks(np.arange(0, T + 1, T // 4))
@@ -333,7 +340,7 @@ def draw_probabilities(subject: Subject) -> "Figure":
     from matplotlib.patches import Rectangle
 
     logits, targets = subject.trace.forward["logits"][0], subject.ids[1:]
-    probs = numpygpt.softmax_forward(logits.copy())  # (T, V)
+    probs = numpygpt.softmax_forward(logits)  # (T, V)
     T, ranks = len(targets), min(5, probs.shape[1])
     best = np.argsort(-probs, axis=-1, kind="stable")[:, :ranks]
     figure = new_figure(12, 4.2)
@@ -368,7 +375,7 @@ def draw_probabilities(subject: Subject) -> "Figure":
 def draw_sampling(subject: Subject) -> "Figure":
     """Frequencies of the next token in many draws of numpygpt.sample, with four settings, where it is least certain."""
     logits = subject.trace.forward["logits"][0]
-    probs = numpygpt.softmax_forward(logits.copy())
+    probs = numpygpt.softmax_forward(logits)
     entropy = -(probs * np.log(np.maximum(probs, 1e-300))).sum(axis=-1)
     t = int(entropy.argmax())
     shown = np.argsort(-probs[t], kind="stable")[:16]

@@ -214,9 +214,9 @@ def generate(model: object, idx: np.ndarray, max_new_tokens: int, **options: obj
 
 
 @contextmanager
-def blocks_of(queries: int) -> Iterator[None]:
-    """Attention in blocks of so few queries that even short sequences cross their edges."""
-    with mock.patch.object(numpygpt, "ATTENTION_BLOCK", queries):
+def tiles_of(queries: int) -> Iterator[None]:
+    """Attention in tiles of so few queries that even short sequences cross their edges."""
+    with mock.patch.object(numpygpt, "ATTENTION_TILE", queries):
         yield
 
 
@@ -228,13 +228,13 @@ def uncancelled_scales(model: numpygpt.GPT, idx: np.ndarray, targets: np.ndarray
     without their cancellation, softmax + onehot, each times a random number.
     """
     idx, targets, count = numpygpt.check_batch(model.config, np.asarray(idx), np.asarray(targets))
-    logits, caches = model._logits(idx, None, keep_caches=True)
-    terms = numpygpt.softmax_forward(logits.copy())
+    logits, saved = numpygpt.gpt_forward(idx, model.params, model.config)
+    terms = numpygpt.softmax_forward(logits)
     rows, columns = np.nonzero(targets >= 0)
     terms[rows, columns, targets[rows, columns]] += 1
     terms[targets < 0] = 0
     terms *= np.random.default_rng(0).standard_normal(terms.shape)
-    return {name: rms(grad) for name, grad in model._backward(terms / count, caches).items()}
+    return {name: rms(grad) for name, grad in numpygpt.gpt_backward(terms / count, saved).items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

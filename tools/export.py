@@ -20,6 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+from common.startup import prepare_imports
+
+if __name__ == "__main__":
+    prepare_imports()
+
 import numpy as np
 import tyro
 
@@ -169,9 +174,9 @@ def from_hf(source: Path, run: Path, tokenizer: str | None) -> None:
     from tools.hf_tokenizer import read_tokenizer
 
     refuse_existing(run)
-    model = read_hf(source)
-    write_run(run, model.config, model.params, read_tokenizer(source, tokenizer))
-    report(run, model.config, model.notes)
+    model, tokens = read_hf(source), read_tokenizer(source, tokenizer)
+    write_run(run, model.config, model.params, tokens)
+    report(run, model.config, [*model.notes, *unused_rows(model.config, tokens)])
 
 
 def from_nanogpt(source: Path, run: Path, n_head: int, tokenizer: str) -> None:
@@ -180,14 +185,26 @@ def from_nanogpt(source: Path, run: Path, n_head: int, tokenizer: str) -> None:
     from tools.hf_tokenizer import read_tokenizer
 
     refuse_existing(run)
-    model = read_nanogpt(source, n_head)
-    write_run(run, model.config, model.params, read_tokenizer(source, tokenizer))
-    report(run, model.config, model.notes)
+    model, tokens = read_nanogpt(source, n_head), read_tokenizer(source, tokenizer)
+    write_run(run, model.config, model.params, tokens)
+    report(run, model.config, [*model.notes, *unused_rows(model.config, tokens)])
     print(
         "warning: nanoGPT's GELU is the erf form, this one's is GPT-2's tanh form: logits differ slightly, see "
         "docs/ecosystem.md",
         file=sys.stderr,
     )
+
+
+def unused_rows(config: GPTConfig, tokenizer: Tokenizer) -> list[str]:
+    """What to say about rows of the model that no token has: padding, or a token that was lost on the way."""
+    unused = config.vocab_size - tokenizer.vocab_size
+    if unused <= 0:
+        return []
+    rows = f"the last {unused:,} rows stand" if unused > 1 else "the last row stands"
+    return [
+        f"the model has {config.vocab_size:,} rows for tokens, and its tokenizer has {tokenizer.vocab_size:,} tokens: "
+        f"{rows} for nothing, and can never be sampled"
+    ]
 
 
 def report(run: Path, config: GPTConfig, notes: Sequence[str]) -> None:

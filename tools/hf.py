@@ -29,14 +29,13 @@ from data.bpe import BPETokenizer
 from data.gpt2_bpe import END_OF_TEXT
 from data.tokenizers import Tokenizer
 from numpygpt import GPTConfig, Params, param_shapes
-from tools.hf_tokenizer import TOKENIZER, to_hf
+from tools.hf_tokenizer import TOKENIZER, TOKENIZER_CONFIG, to_hf
 from training.config import ModelFlags
 
 __all__ = ["Imported", "read_hf", "read_nanogpt", "write_hf"]
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 GENERATION_CONFIG = "generation_config.json"
-TOKENIZER_CONFIG = "tokenizer_config.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 # Beside the sizes, what a GPT-2 config.json may say. The first value is GPT-2's default, which a file may leave out.

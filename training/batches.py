@@ -6,6 +6,7 @@ both engines read the same tokens.
 """
 
 import tempfile
+from collections.abc import Collection
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -94,16 +95,19 @@ def split(batch: Batch, parts: int) -> list[Batch]:
     return [(idx[first:last], targets[first:last]) for first, last in pairwise(edges)]
 
 
-def encode(tokenizer: Tokenizer, text: str, folder: Path, start: int) -> np.ndarray:
+def encode(tokenizer: Tokenizer, text: str, folder: Path, start: int, special: Collection[str]) -> np.ndarray:
     """The token ids of a text, (n,) int32, mapped from a file, so that a large corpus takes disk and not memory.
 
     The file has no name: it is in the folder as long as the array is, and a crash leaves nothing of it.
-    start: where in its corpus the text begins. Raises UserError that says from where on something cannot be encoded.
+    start: where in its corpus the text begins
+    special: the special tokens to read in it
+
+    Raises UserError that says from where on something cannot be encoded.
     """
     with tempfile.TemporaryFile(dir=folder) as file:
         for piece in cut(text):
             try:
-                file.write(tokenizer.encode(piece).astype(np.int32).tobytes())
+                file.write(tokenizer.encode(piece, allowed_special=special).astype(np.int32).tobytes())
             except UserError as error:
                 raise UserError(f"from its character {start:,} on, {error}") from error
             start += len(piece)

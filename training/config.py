@@ -73,6 +73,7 @@ class TrainConfig:
     data: str | None = None  # shakespeare_char, verse or a UTF-8 text file; None: shakespeare_char, else verse
     tokenizer: str = "char"  # char, bpe, gpt2, a tokenizer.json, or merges as in GPT-2's vocab.bpe
     bpe_vocab_size: int = 1024  # how many tokens the tokenizer "bpe" learns from the training split
+    special_tokens: bool = False  # where the text holds a special token, as <|endoftext|>, read it as that token
     decay_steps: int | None = None  # the step at which the rate arrives at min_lr; None: max_steps
     grad_accum: int = 1  # micro-batches an update is computed in: less memory, same result
     weight_decay: float = 0.1  # decoupled decay of matrices; biases and gains have none
@@ -114,6 +115,8 @@ class TrainConfig:
             value = getattr(self, name)
             if (not isinstance(value, str) or not value) and (name, value) != ("data", None):
                 raise ValueError(f"{name} must be a name or a file, got {shorten(value)}")
+        if type(self.special_tokens) is not bool:
+            raise ValueError(f"special_tokens must be true or false, got {shorten(self.special_tokens)}")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {shorten(self.dtype)}")
 
@@ -127,7 +130,7 @@ class RunFlags:
     run_dir: str | None = None  # folder to keep the run in; None: runs/<engine>-<preset>
     overwrite: bool = False  # replace the run that is in the folder
     resume: str | None = None  # resume the run in this folder; its configuration replaces the preset
-    threads: int | None = None  # CPU threads; None: as many as there are cores
+    threads: int | None = None  # CPU threads; None: as many as the cores that this process may use
 
     def __post_init__(self) -> None:
         """Raises ValueError that names the field."""

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TypeVar
 
-from common.cli import parse
+from common.cli import expand_home, parse
 from common.errors import UserError
 from training.config import PRESETS, Flags, ModelFlags, PresetName, RunFlags
 from training.run import read_config
@@ -27,7 +27,7 @@ def parse_flags(
     Exits with status 0 after --help, with 2 and one line after anything that makes no sense. Raises UserError if the
     run to resume cannot be read.
     """
-    argv = sys.argv[1:] if argv is None else argv
+    argv = expand_home(sys.argv[1:] if argv is None else argv)
     first_look = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first_look.add_argument("--preset", nargs="?")
     first_look.add_argument("--resume", nargs="?")

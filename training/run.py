@@ -38,7 +38,7 @@ LAST, BEST = "last.safetensors", "best.safetensors"
 FILES = {CONFIG, METRICS, PICTURE, LAST, BEST}  # what makes a folder a run
 LEFTOVER = re.compile(r"\.(config\.json|tokenizer\.json|metrics\.jsonl|loss\.png|(last|best)\.safetensors)\.\w{8}\.new")
 # What a resumed run cannot change, besides the model: with another eval_tokens no two losses could be compared.
-FIXED = ("seed", "batch_size", "tokenizer", "bpe_vocab_size", "eval_tokens")
+FIXED = ("seed", "batch_size", "tokenizer", "bpe_vocab_size", "special_tokens", "eval_tokens")
 
 
 @dataclass(frozen=True)
@@ -182,8 +182,9 @@ def assemble(
     if memory is not None:
         check_memory(model, training, memory)
     splits = {0: corpus.train_text, len(corpus.train_text): corpus.val_text}
+    special = special_tokens(tokenizer, training, corpus)
     try:
-        train_tokens, val_tokens = (encode(tokenizer, text, folder, start) for start, text in splits.items())
+        train_tokens, val_tokens = (encode(tokenizer, text, folder, start, special) for start, text in splits.items())
     except UserError as error:
         raise UserError(f"{corpus.name} does not suit the tokenizer: {error}") from error
     if len(val_tokens) < 2:
@@ -200,6 +201,27 @@ def assemble(
     if corpus.entropy_per_char is not None:
         baselines["entropy"] = corpus.entropy_per_char * eval_chars / (len(eval_tokens) - 1)
     return Run(folder, engine, model, training, tokenizer, batches, val_tokens, eval_tokens, eval_chars, baselines)
+
+
+def special_tokens(tokenizer: Tokenizer, training: TrainConfig, corpus: Corpus) -> tuple[str, ...]:
+    """The special tokens that are to be read in the text. If there are any, and they are not: say so. Raises UserError.
+
+    Texts are cut at white space before they are encoded, so a special token that holds some could be cut in two.
+    """
+    if training.special_tokens:
+        if not tokenizer.special_tokens:
+            raise UserError(f"the tokenizer {training.tokenizer} has no special tokens: leave out --special-tokens")
+        for token in tokenizer.special_tokens:
+            if len(token.split()) > 1 or token != token.strip():
+                raise UserError(f"special token {shorten(token)} holds white space: it cannot be read in a text")
+        return tokenizer.special_tokens
+    for token in tokenizer.special_tokens:
+        if times := corpus.text.count(token):
+            print(
+                f"{corpus.name} holds {shorten(token)} {times:,} time{'s' * (times > 1)}, learned as ordinary text: "
+                "--special-tokens would read it as the special token"
+            )
+    return ()
 
 
 def load_run(run: Path) -> tuple[GPTConfig, Params, Tokenizer]:

@@ -10,18 +10,21 @@ from typing import Any, Literal
 
 import torch
 
+from common.cores import usable_cores
 from common.errors import UserError
 from training.config import Flags
 from training.flops import training_flops_per_token
 from training.memory import MemoryUse
 from training.run import Run
 
+Device = Literal["cpu", "cuda", "mps"]
+
 
 @dataclass(frozen=True)
 class DeviceFlags:
     """Where and how PyTorch computes. The defaults are those that suit the device; see `device_defaults`."""
 
-    device: Literal["cpu", "cuda", "mps"]  # by default a CUDA GPU if there is one, else Apple's, else the CPU
+    device: Device  # by default a CUDA GPU if there is one, else Apple's, else the CPU
     compile: bool = False  # torch.compile; elsewhere than on a CUDA GPU it may cost more than it gains
     pad_vocab: bool = False  # compute the head in a multiple of 64 columns, a width that tensor cores like
     graph: bool = False  # record a whole step as a CUDA graph and replay it: Python no longer holds up the GPU
@@ -42,11 +45,15 @@ def device_defaults(argv: Sequence[str] | None) -> DeviceFlags:
     first_look = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first_look.add_argument("--device", nargs="?")
     asked = first_look.parse_known_args(argv)[0].device
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    available: dict[Device, bool] = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
     there = [kind for kind in available if available[kind]]
     if asked in available and asked not in there:
         raise UserError(f"device {asked} is not available here: choose {' or '.join(there)}")
-    kind: Any = asked if asked in available else there[0]
+    kind: Device = asked if asked in available else there[0]
     # Triton, which torch.compile needs on a GPU, is not made for Windows.
     return DeviceFlags(kind, compile=kind == "cuda" and platform.system() != "Windows", pad_vocab=kind == "cuda")
 
@@ -79,8 +86,8 @@ def resolve_flags(flags: TorchFlags, world_size: int) -> TorchFlags:
 
 def configure_torch(flags: DeviceFlags, threads: int | None) -> None:
     """Settings of the whole process. Before anything runs on a GPU."""
-    if threads is not None:
-        torch.set_num_threads(threads)
+    # PyTorch's own number respects taskset and OMP_NUM_THREADS, but not the quota of a container.
+    torch.set_num_threads(threads or min(torch.get_num_threads(), usable_cores()))
     torch.set_float32_matmul_precision("high" if flags.device == "cuda" else "highest")  # high: TF32
     if flags.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without which cuBLAS refuses

@@ -5,6 +5,7 @@ import hashlib
 import http.client
 import io
 import os
+import re
 import socket
 import stat
 import subprocess
@@ -15,16 +16,18 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import data
 from common.errors import UserError
 from common.files import read_bytes, write_atomically
-from data import corpus, verse
+from data import corpus, text, verse
 from data.corpus import Corpus, load_corpus
 
 CONTENT = b"Hear me, and I shall tell thee what I know.\n" * 40
+WORDS = ("windows", "To be, or not to be.\r\n" * 9, "Быть или не быть", "το be", "שלום עולם")
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 1115394\n"
 needs_shakespeare = pytest.mark.skipif(
     not corpus.SHAKESPEARE_FILE.exists(), reason="needs data/shakespeare_char/input.txt: python -m data.corpus"
 )
@@ -146,6 +149,7 @@ def test_a_file_is_a_corpus(tmp_path):
         (b"one\r\r\ntwo", "one\r\ntwo"),
         (b"a\xef\xbb\xbfb", "a\ufeffb"),  # no byte-order mark: it is not at the beginning
         (b"a\x00b\x0b\x1c\xe2\x80\xa8", "a\x00b\x0b\x1c\u2028"),
+        (b"a text with \x00, \x01 and \x02", "a text with \x00, \x01 and \x02"),
     ],
 )
 def test_byte_order_marks_and_windows_line_ends_go_and_nothing_else(tmp_path, content, text):
@@ -154,6 +158,29 @@ def test_byte_order_marks_and_windows_line_ends_go_and_nothing_else(tmp_path, co
     loaded = load_corpus(str(path))
     assert loaded.text == text
     assert loaded.sha256 == hashlib.sha256(content).hexdigest()
+
+
+@given(st.text(alphabet="a\r\n\ufeffé🙂\ud800"))
+def test_a_text_is_normalised_alike_as_bytes_and_as_characters(content):
+    expected = re.sub("\r\n", "\n", re.sub("^\ufeff", "", content))
+    assert text.normalize_text(content) == expected
+    if "\ud800" not in content:
+        assert text.normalize(content.encode()) == expected.encode()
+
+
+@given(st.text(), st.binary(max_size=3), st.text(), st.integers(4, 9))
+def test_whether_a_text_is_utf8_is_seen_block_by_block(before, odd, after, size):
+    content = before.encode() + odd + after.encode()
+    assume(not text.is_utf16(content))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(text, "BLOCK_BYTES", size)
+        try:
+            content.decode()
+        except UnicodeDecodeError as error:
+            with pytest.raises(UserError, match=f"byte {content[error.start]:#04x} at offset {error.start} "):
+                text.check_text(content, "it")
+        else:
+            assert text.check_text(content, "it") == text.normalize(content)
 
 
 @pytest.mark.parametrize(
@@ -167,7 +194,10 @@ def test_byte_order_marks_and_windows_line_ends_go_and_nothing_else(tmp_path, co
         (b"good until \xff here", "not UTF-8 text: byte 0xff at offset 11"),
         (b"\xef\xbb\xbfgood \xc3", "not UTF-8 text: byte 0xc3 at offset 8"),
         (b"a surrogate: \xed\xa0\x80", "not UTF-8 text: byte 0xed at offset 13"),
-        ("windows".encode("utf-16"), "not UTF-8 text: byte 0xff at offset 0"),
+        ("windows".encode("utf-16"), "is UTF-16 text, and UTF-8 is expected: save it as UTF-8"),
+        *((word.encode(code), "is UTF-16 text") for word in WORDS for code in ("utf-16-le", "utf-16-be")),
+        ("滕王高阁临江渚,佩玉鸣鸾罢歌舞。\n".encode("utf-16-le"), "not UTF-8 text"),
+        (LFS_POINTER, "is a Git LFS pointer, not the file itself: fetch that with git lfs pull"),
     ],
 )
 def test_a_file_that_is_no_text_is_one_clear_line(tmp_path, content, fault):

@@ -1,10 +1,9 @@
 """The trainers' command lines: what they print, what they keep, and what they say when something is wrong."""
 
-import importlib.util
 import json
 import os
 import re
-import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +16,7 @@ import data.corpus
 import data.tokenizers
 import sample
 from common.cli import run_program
-from common.errors import UserError
+from common.errors import UserError, shorten
 from tests.runs import ENGINES, ROOT, SMALL, arguments, command, measured, one_line, run, start, write_text
 from training.config import PRESETS
 from training.run import read_config
@@ -161,6 +160,61 @@ def test_what_a_terminal_cannot_show_is_written_as_its_number(tmp_path: Path) ->
         "sample.py", tmp_path / "λόγος", "--max-new-tokens", 20, env=os.environ | {"PYTHONIOENCODING": "utf-8"}
     )
     assert "\\" not in shown.stdout
+
+
+@pytest.mark.parametrize(
+    "env",
+    [
+        *({"PYTHONIOENCODING": f"ascii:{errors}"} for errors in ("strict", "surrogateescape", "surrogatepass")),
+        {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+        {"PYTHONIOENCODING": "utf-8:strict"},
+    ],
+    ids=str,
+)
+def test_escapes_whatever_the_streams_error_handler_is(env: dict[str, str]) -> None:
+    """On both streams; half of a surrogate pair is what no encoding can write."""
+    code = (
+        "import sys; from common.cli import run_program\ndef main():\n for stream in (sys.stdout, sys.stderr):\n"
+        "  print('\\u03b1\\ud800', file=stream)\n return 0\nsys.exit(run_program(main))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | env, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    alpha = "\u03b1".encode() if "utf-8" in str(env) else b"\\u03b1"
+    assert done.stdout.splitlines() == done.stderr.splitlines() == [alpha + b"\\ud800"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "hint"),
+    [
+        (["--prompt", "-x y"], "If '-x y' is the value, write --prompt='-x y' (see"),
+        (["--prompt", "-x"], "If '-x' is the value, write --prompt=-x (see"),
+        (["--prompt", "--seed", "3"], "Expected 1 values. (see"),
+        (["--prompt"], "Expected 1 values. (see"),
+    ],
+)
+def test_a_value_that_begins_with_a_hyphen(argv: list[str], hint: str, capsys: pytest.CaptureFixture) -> None:
+    assert run_program(lambda: sample.main(["runs/x", *argv])) == 2
+    assert hint in one_line(capsys.readouterr().err)
+
+
+def test_a_home_folder_is_found_in_every_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """A shell expands ~ at the beginning of a word only. A text that begins with it stays as it is."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    write_text(tmp_path)
+    few = arguments(SMALL | {"--max-steps": 1, "--decay-steps": 3})
+    assert run("numpy", [*few, "--data=~/text.txt", "--run_dir=~/run"]) == 0
+    assert read_config(tmp_path / "run").training.data == str(tmp_path / "text.txt")
+    assert run("numpy", ["--resume=~/run", "--max-steps", "2", "--threads", "1"]) == 0
+    assert data.tokenizers.main(["train", "--data", "~/text.txt", "--vocab-size", "257", "--out=~/bpe.json"]) == 0
+    assert run("numpy", [*few, "--data=~/text.txt", "--run-dir", "~/bpe", "--tokenizer=~/bpe.json"]) == 0
+    assert {"run", "bpe", "bpe.json"} <= {path.name for path in tmp_path.iterdir()}
+    capsys.readouterr()
+    assert run_program(lambda: sample.main(["bpe", "--prompt=~/x", "--max-new-tokens", "0"])) == 0
+    assert capsys.readouterr().out == "~/x\n"
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -359,6 +413,36 @@ def test_a_module_that_nobody_can_install_is_a_bug(name: str | None) -> None:
         failing(ModuleNotFoundError(name=name))
 
 
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        ("two\nlines", "two\\nlines"),
+        ("\x1b[2J a bell \a, \x85\u2028\u202e and \udcff", "\\x1b[2J a bell \\x07, \\x85\\u2028\\u202e and \\udcff"),
+        ("naïve 世界 🙂", "naïve 世界 🙂"),
+        ("a" * 3000 + "b" * 3000, "a" * 500 + " ... " + "b" * 500),
+    ],
+)
+def test_a_message_is_one_printable_line_of_bounded_length(
+    said: str, shown: str, capsys: pytest.CaptureFixture
+) -> None:
+    """Names of files, and what is in them, come from anywhere: escape sequences would be obeyed by a terminal."""
+    assert failing(UserError(said)) == 1
+    assert capsys.readouterr().err == f"error: {shown}\n"
+
+
+@pytest.mark.parametrize("value", ["\x1b[2J\n", ["\x1b\n"], {"\u202e": "\x9b"}, Path("a\nb\x1b"), "\ud800", "x" * 5000])
+def test_a_value_in_a_message_is_short_and_printable(value: object) -> None:
+    assert shorten(value).isprintable()
+    assert len(shorten(value)) < 100
+
+
+def test_a_flag_that_holds_control_characters_is_one_printable_line(capsys: pytest.CaptureFixture) -> None:
+    assert run("numpy", ["--\x1b[2J\n\n" + "x" * 3000]) == 2
+    message = one_line(capsys.readouterr().err)
+    assert message.rstrip("\n").isprintable()
+    assert len(message) < 1100
+
+
 @pytest.mark.parametrize("code", [0, 2, None])
 def test_an_exit_status_is_handed_on(code: int | None) -> None:
     assert failing(SystemExit(code)) == (code or 0)
@@ -387,11 +471,47 @@ def test_an_interrupted_command_says_nothing(
     assert capsys.readouterr() == ("", "")
 
 
+EVERY_PROGRAM = [
+    *(["train_numpy.py"], ["train_torch.py"], ["sample.py"], ["bigram.py"], ["-m", "data.corpus"]),
+    *(["-m", "data.tokenizers"], ["-m", "learn.trace"], ["-m", "learn.pictures"], ["-m", "tools.export"]),
+    *(["-m", "tools.curves"], ["-m", "bench.cpu"], ["-m", "bench.gpu"], ["-m", "bench.subwords"]),
+]
+
+
+@pytest.mark.parametrize("argv", EVERY_PROGRAM, ids=lambda argv: argv[-1])
+def test_with_nothing_installed_every_program_says_what_to_install(argv: list[str]) -> None:
+    """-S: without site-packages, there is nothing but Python."""
+    done = subprocess.run([sys.executable, "-S", *argv, "--help"], cwd=ROOT, capture_output=True, encoding="utf-8")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert re.fullmatch("error: needs the package (numpy|tyro): pip install -r requirements.txt\n", done.stderr)
+
+
 @pytest.mark.parametrize("program", ["train_torch.py", "bench/gpu.py"])
-def test_what_is_all_pytorch_says_so_where_there_is_none(program: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit, match=r"^error: needs the package torch: pip install -r requirements-dev\.txt$"):
-        runpy.run_path(str(ROOT / program), run_name="__main__")
+def test_what_is_all_pytorch_says_so_where_there_is_none(program: str) -> None:
+    code = "import runpy, sys; sys.modules['torch'] = None; runpy.run_path(sys.argv[1], run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code, program], cwd=ROOT, capture_output=True, encoding="utf-8")
+    assert done.returncode == 1
+    assert done.stderr == "error: needs the package torch: pip install -r requirements-dev.txt\n"
+
+
+def test_an_import_that_is_a_bug_is_a_traceback() -> None:
+    begin = "from common.startup import prepare_imports as e; e(); "
+    done = subprocess.run(
+        [sys.executable, "-c", f"{begin}import data.no_such"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert "ModuleNotFoundError" in done.stderr
+
+
+def test_ctrl_c_during_the_imports_says_nothing() -> None:
+    code = (
+        "from common.startup import prepare_imports as e; e(); import os, signal; os.kill(os.getpid(), signal.SIGINT)"
+    )
+    # Where the parent ignores SIGINT, as in the background of a script, so would the child.
+    preset = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    done = subprocess.run([sys.executable, "-c", preset + code], cwd=ROOT, capture_output=True, encoding="utf-8")
+    assert done.returncode == -signal.SIGINT
+    assert done.stderr == ""
 
 
 # ---------------------------------------------------------------------------------------------------------------------

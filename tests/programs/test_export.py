@@ -33,7 +33,7 @@ from numpygpt import GPTConfig
 from tests import runs
 from tests.helpers import ROOT, Arrays, random_weights, train_config
 from tools import export, sizes
-from tools.hf import PICKLES
+from tools.hf import PICKLES, write_hf
 from training.checkpoint import load_weights
 from training.flops import forward_flops_per_token
 from training.run import NO_CORPUS, RunConfig, load_run, read_config, write_config
@@ -167,6 +167,21 @@ def test_the_report_is_the_notes_and_the_sizes() -> None:
         export.report(Path("run"), GPTConfig(65, 256), ["a note", "another"])
     sizes = "run: 10,770,816 parameters, 6 layers, 6 heads, 384 channels, block 256, vocabulary 65"
     assert output.getvalue().splitlines() == ["a note", "another", sizes]
+
+
+@pytest.mark.parametrize(
+    ("unused", "said"),
+    [(0, []), (1, ["the last row stands for nothing"]), (1200, ["the last 1,200 rows stand for nothing"])],
+)
+def test_an_import_says_how_many_rows_have_no_token(unused: int, said: list[str], tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIG, vocab_size=CHARACTERS.vocab_size + unused)
+    (tmp_path / "hf").mkdir()
+    write_hf(tmp_path / "hf", config, weights(config), CHARACTERS)
+    with redirect_stdout(StringIO()) as output:
+        export.from_hf(tmp_path / "hf", tmp_path / "run", None)
+    *notes, _ = output.getvalue().splitlines()
+    assert len(notes) == len(said)
+    assert all(part in note for part, note in zip(said, notes, strict=True))
 
 
 @pytest.mark.parametrize("tokenizer", [CHARACTERS, BPE], ids=["characters", "bpe"])

@@ -20,7 +20,7 @@ import numpygpt
 from common.errors import UserError
 from data import verse
 from data.bpe import BPETokenizer
-from data.gpt2_bpe import END_OF_TEXT
+from data.gpt2_bpe import END_OF_TEXT, gpt2_byte_order
 from data.tokenizers import CharTokenizer, Tokenizer
 from numpygpt import GPTConfig
 from tests.helpers import Arrays, assert_close, random_weights, rms, uncancelled_scales
@@ -301,6 +301,118 @@ def test_a_tokenizer_that_the_library_trained(tmp_path: Path) -> None:
         read_tokenizer(tmp_path, None)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The files beside a tokenizer
+
+
+FLAGS = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": True, "special": True}
+GPT2 = BPETokenizer(BPE.merges, (END_OF_TEXT,), gpt2_byte_order()[0])  # numbered as GPT-2 numbers the bytes
+END_ID = GPT2.vocab_size - 1
+SIDE_FILES = {
+    "added_tokens.json": {"added_tokens.json": {"<eot>": END_ID + 1, "<pad>": END_ID + 2}},
+    "tokenizer_config.json": {
+        "tokenizer_config.json": {
+            "added_tokens_decoder": {
+                str(END_ID + 2): {"content": "<pad>", **FLAGS},
+                str(END_ID): {"content": END_OF_TEXT, **FLAGS},
+                str(END_ID + 1): {"content": "<eot>", **FLAGS},
+            },
+            "eos_token": "<eot>",
+            "add_bos_token": False,
+            "model_max_length": 1024,
+        },
+    },
+    "all three": {
+        "added_tokens.json": {"<eot>": END_ID + 1, "<pad>": END_ID + 2},
+        "tokenizer_config.json": {"pad_token": None, "added_tokens_decoder": {str(END_ID + 1): {"content": "<eot>"}}},
+        "special_tokens_map.json": {
+            "bos_token": END_OF_TEXT,
+            "pad_token": {"content": "<pad>", **FLAGS},
+            "additional_special_tokens": ["<eot>"],
+        },
+    },
+}
+
+
+def gpt2_files(folder: Path, **others: dict) -> Path:
+    """A folder as GPT-2's: vocab.json, merges.txt and other JSON files, named without their ending."""
+    fields = to_hf(GPT2)["model"]
+    merges = "\n".join(" ".join(pair) for pair in fields["merges"])
+    (folder / "merges.txt").write_text(f"#version: 0.2\n{merges}\n", encoding="utf-8")
+    for name, content in {"vocab": fields["vocab"], **others}.items():
+        (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("base", ["merges.txt", "tokenizer.json"])
+@pytest.mark.parametrize("files", SIDE_FILES.values(), ids=SIDE_FILES)
+def test_tokens_that_side_files_add_are_read_and_written(files: dict, base: str, tmp_path: Path) -> None:
+    """A failure: a token is lost without a word, and its row of the model with it."""
+    gpt2_files(tmp_path, **{name.removesuffix(".json"): content for name, content in files.items()})
+    if base == "tokenizer.json":
+        (tmp_path / "tokenizer.json").write_text(json.dumps(to_hf(GPT2)), encoding="utf-8")
+        (tmp_path / "merges.txt").unlink()
+    ours = read_tokenizer(tmp_path, None)
+    assert ours == dataclasses.replace(GPT2, special_tokens=(END_OF_TEXT, "<eot>", "<pad>"))
+    text = f"a<eot><pad>{END_OF_TEXT} b"
+    ids = ours.encode(text, allowed_special=ours.special_tokens).tolist()
+    assert [one for one in ids if one >= END_ID] == [END_ID + 1, END_ID + 2, END_ID]
+    assert ours.decode(ids) == text
+    assert library(ours).encode(text).ids == ids
+    assert from_hf(to_hf(ours), tmp_path) == ours
+
+
+def test_transformers_reads_added_tokens_alike(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers", reason="needs transformers: pip install -r requirements-dev.txt")
+    settings = {"tokenizer_class": "GPT2Tokenizer", **SIDE_FILES["tokenizer_config.json"]["tokenizer_config.json"]}
+    theirs = transformers.AutoTokenizer.from_pretrained(gpt2_files(tmp_path, tokenizer_config=settings))
+    ours = read_tokenizer(tmp_path, None)
+    text = f"The king<eot> {END_OF_TEXT}we'll<pad>"
+    assert theirs.encode(text) == ours.encode(text, allowed_special=ours.special_tokens).tolist()
+    theirs.save_pretrained(tmp_path / "again")
+    assert read_tokenizer(tmp_path / "again", None) == ours
+
+
+@pytest.mark.parametrize(
+    ("files", "fault"),
+    [
+        (
+            {"added_tokens": {"<eot>": END_ID + 5}},
+            r"added_tokens\.json: token '<eot>' has id .*, but the next free one",
+        ),
+        ({"added_tokens": {"<eot>": "x"}}, r"added_tokens\.json: the id of token '<eot>' must be a whole number"),
+        ({"added_tokens": {END_OF_TEXT: 3}}, r"added_tokens\.json: token '<\|endoftext\|>' has id 3, but "),
+        ({"added_tokens": {"": END_ID + 1}}, r"added_tokens\.json: special token '' is empty"),
+        ({"added_tokens": {"a": END_ID + 1, "b": END_ID + 1}}, r"added_tokens\.json: token 'a' has id"),
+        ({"added_tokens": {"<a>": END_ID + 1, "<b>": END_ID + 1}}, r"'<b>' and '<a>' both have id"),
+        ({"special_tokens_map": {"pad_token": "<pad>"}}, r"special_tokens_map\.json: pad_token '<pad>' is no token"),
+        ({"tokenizer_config": {"mask_token": "<mask>"}}, r"tokenizer_config\.json: mask_token '<mask>' is no token"),
+        ({"special_tokens_map": {"additional_special_tokens": ["<x>"]}}, "additional_special_tokens '<x>' is no"),
+        ({"special_tokens_map": {"eos_token": 5}}, r"special_tokens_map\.json: an added token is 5"),
+        ({"tokenizer_config": {"added_tokens_decoder": []}}, "added_tokens_decoder must be an object"),
+        ({"tokenizer_config": {"added_tokens_decoder": {"x": {"content": "<a>"}}}}, "id of token '<a>' must be"),
+        (
+            {"tokenizer_config": {"added_tokens_decoder": {str(END_ID + 1): {"content": "<mask>", "lstrip": True}}}},
+            r"tokenizer_config\.json: token '<mask>' has lstrip",
+        ),
+        ({"vocab": to_hf(GPT2)["model"]["vocab"] | {"<eot>": END_ID + 1}}, r"vocab\.json: .* token '<eot>' must have"),
+    ],
+)
+def test_side_files_that_ours_cannot_follow_are_refused_by_name(files: dict, fault: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=fault):
+        read_tokenizer(gpt2_files(tmp_path, **files), None)
+
+
+def test_a_tokenizer_of_characters_cannot_be_given_special_tokens(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text(json.dumps(to_hf(NAMES)))
+    assert read_tokenizer(tmp_path, None) == NAMES
+    (tmp_path / "added_tokens.json").write_text('{"<eot>": 7}')
+    with pytest.raises(
+        UserError, match=r"added_tokens\.json: a tokenizer of characters has no special tokens, but '<eot>'"
+    ):
+        read_tokenizer(tmp_path, None)
+
+
 def changed(**parts: object) -> dict:
     """BPE's tokenizer.json with parts of it replaced; model__x replaces x of the model."""
     fields = json.loads(json.dumps(to_hf(BPE)))
@@ -317,8 +429,9 @@ VOCAB = to_hf(BPE)["model"]["vocab"]
 @pytest.mark.parametrize(
     ("fields", "fault"),
     [
-        ({}, "byte-level BPE or single characters"),
-        (changed(model=None), "byte-level BPE or single characters"),
+        ({}, "it is no tokenizer.json: expected a tokenizer.json, or GPT-2's merges.txt"),
+        (changed(model=None), "it is no tokenizer.json"),
+        (VOCAB, "it is a list of tokens and their ids, as GPT-2's vocab.json"),
         (changed(model={"type": "Unigram"}), "'Unigram'"),
         (changed(normalizer={"type": "NFC"}), "normalizer must be None"),
         (changed(pre_tokenizer=None), "pre_tokenizer must be"),

@@ -103,8 +103,8 @@ def test_attention_is_what_the_engine_computed(run: Path, monkeypatch: pytest.Mo
     softmax_forward = numpygpt.softmax_forward
 
     def watched(x: np.ndarray) -> np.ndarray:
-        seen.append(softmax_forward(x).copy())
-        return x
+        seen.append(softmax_forward(x))
+        return seen[-1]
 
     monkeypatch.setattr(numpygpt, "softmax_forward", watched)
     logits, _ = numpygpt.GPT(subject.config, subject.weights).forward(subject.ids[None, :-1])
@@ -126,6 +126,11 @@ def test_the_first_updates_are_those_of_the_run(run: Path) -> None:
     logged = [line["grad_norm"] for line in read_metrics(run / "metrics.jsonl") if line["protocol"] == "batch"]
     assert len(logged) == subject.training.max_steps
     np.testing.assert_allclose(drawn, logged, rtol=1e-5)
+
+
+def test_a_prompt_from_windows_is_the_same_prompt(run: Path) -> None:
+    plain, marked = (pictures.load_subject(run, mark + PROMPT).ids for mark in ("", "\ufeff"))
+    np.testing.assert_array_equal(marked, plain)
 
 
 def test_without_a_prompt_the_validation_text_is_drawn(run: Path) -> None:

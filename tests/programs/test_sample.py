@@ -4,8 +4,10 @@ import importlib.util
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -15,7 +17,10 @@ import sample
 import torchgpt
 from common.cli import run_program
 from common.errors import UserError
-from data.tokenizers import CharTokenizer
+from data import verse
+from data.bpe import BPETokenizer
+from data.corpus import load_corpus
+from data.tokenizers import CharTokenizer, load, save
 from tests import runs
 from tests.runs import ROOT, command, start, write_text
 from tools import export
@@ -80,22 +85,46 @@ def test_length_seed_and_number(run_dir: Path, capsys: pytest.CaptureFixture) ->
 
 
 def test_the_prompt_may_come_through_a_pipe(run_dir: Path) -> None:
-    options = ["--max-new-tokens", 20, "--seed", 3]
+    """However slowly: a failure is a prompt that is lost, or half of one."""
+    options = ["--max-new-tokens", "20", "--seed", "3"]
     given = command("sample.py", run_dir, "--prompt", "Alaric:", *options)
     assert (given.returncode, given.stderr) == (0, "")
-    for argv in (options, [*options, "--prompt", "-"]):
-        piped = command("sample.py", run_dir, *argv, input="Alaric:")
-        assert piped.stdout == given.stdout, piped.stderr
+    argv = [sys.executable, ROOT / "sample.py", run_dir, *options, "--prompt", "-"]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8") as process:
+        for part in ("Ala", "ric:"):
+            time.sleep(1.5)
+            process.stdin.write(part)
+            process.stdin.flush()
+        process.stdin.close()
+        assert process.stdout.read() == given.stdout
 
 
-def test_a_pipe_that_nobody_writes_to_is_not_waited_for(run_dir: Path) -> None:
-    """A failure: started from another program, which left its standard input open, it never says a word."""
+@pytest.mark.parametrize("prompt", ["Alaric:\r\n", "\ufeffAlaric:\n", "\ufeffAlaric:\r\n"])
+def test_a_prompt_from_windows_is_the_same_prompt(run_dir: Path, prompt: str, capsys: pytest.CaptureFixture) -> None:
+    options = ["--max-new-tokens", 20]
+    plain = sampled(run_dir, "--prompt", "Alaric:\n", *options, capsys=capsys)
+    assert sampled(run_dir, "--prompt", prompt, *options, capsys=capsys) == plain
+    piped = subprocess.run(
+        [sys.executable, ROOT / "sample.py", run_dir, "--prompt", "-", *map(str, options)],
+        input=prompt.encode(),
+        capture_output=True,
+        timeout=60,
+    )
+    assert piped.stdout.decode() == plain, piped.stderr
+
+
+def test_standard_input_is_read_only_when_asked(run_dir: Path) -> None:
+    """A failure: started by another program that left a pipe open, it waits for ever, or depends on who is quicker."""
     free = command("sample.py", run_dir, "--max-new-tokens", 20)
-    argv = [sys.executable, ROOT / "sample.py", run_dir, "--max-new-tokens", "20"]
-    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        assert process.wait(timeout=60) == 0
-        assert process.stdout.read().decode() == free.stdout
-        assert process.stderr.read().startswith(b"nothing comes from standard input")
+    assert (free.returncode, free.stderr) == (0, "")
+    for said in ("", "Alaric:"):
+        argv = [sys.executable, ROOT / "sample.py", run_dir, "--max-new-tokens", "20"]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        with subprocess.Popen(argv, encoding="utf-8", **pipes) as process:
+            process.stdin.write(said)
+            process.stdin.flush()
+            assert process.wait(timeout=60) == 0
+            assert (process.stdout.read(), process.stderr.read()) == (free.stdout, "")
 
 
 def test_a_closed_standard_input_is_no_prompt(
@@ -234,7 +263,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(run_dir: Path, m
 
 def test_a_prompt_that_is_not_utf8(run_dir: Path) -> None:
     done = subprocess.run(
-        [sys.executable, ROOT / "sample.py", run_dir], input=b"\xff\xfe", capture_output=True, timeout=60
+        [sys.executable, ROOT / "sample.py", run_dir, "--prompt", "-"], input=b"\xff", capture_output=True, timeout=60
     )
     assert done.returncode == 1
     assert done.stderr.startswith(b"error: the prompt on standard input is not UTF-8")
@@ -247,3 +276,63 @@ def test_a_reader_that_has_seen_enough(run_dir: Path) -> None:
         process.stdout.close()
         assert process.stderr.read() == b""
         assert process.wait(timeout=60) == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Special tokens
+
+
+END = "<|endoftext|>"
+
+
+@pytest.fixture(scope="module")
+def documents(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A text of several documents, and a tokenizer with a token for their end."""
+    folder = tmp_path_factory.mktemp("documents")
+    (folder / "text.txt").write_text(END.join(verse.write(400, seed) for seed in range(10)))
+    save(BPETokenizer.train(verse.write(4000, 1), 300, special_tokens=[END]), folder / "bpe.json")
+    return folder / "text.txt", folder / "bpe.json"
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_special_tokens_in_a_text_are_read_if_asked_for_and_spoken_of_if_not(
+    special: bool, documents: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    text, bpe = documents
+    few = {"max_steps": 1, "decay_steps": 3, "tokenizer": bpe} | ({"special_tokens": ""} if special else {})
+    assert start("numpy", text, tmp_path / "run", **few) == 0
+    printed = capsys.readouterr().out
+    said = (
+        f"{text} holds '{END}' 9 times, learned as ordinary text: --special-tokens would read it as the special token"
+    )
+    assert printed.count(said) == (not special)
+    tokenizer = load(bpe)
+    allowed = [END] if special else []
+    counts = [
+        len(tokenizer.encode(part, allowed_special=allowed))
+        for part in (load_corpus(str(text)).train_text, load_corpus(str(text)).val_text)
+    ]
+    assert f"{counts[0]:,} tokens to learn from, {counts[1]:,} to validate on" in printed
+    assert read_config(tmp_path / "run").training.special_tokens is special
+
+    given = []
+    with mock.patch("sample.token_stream", lambda *args: given.append(args[3].tolist()) or iter([])):
+        for flags in ([], ["--special-tokens"]):
+            sampled(tmp_path / "run", "--prompt", f"{END}A", *flags, capsys=capsys)
+    as_text, as_token = (tokenizer.encode(f"{END}A", allowed_special=some).tolist() for some in ([], [END]))
+    assert given == [as_token if special else as_text, as_token], "a run that learned the token reads it in prompts"
+
+    change = {"no_special_tokens" if special else "special_tokens": ""}
+    message = runs.refused(lambda: runs.resume("numpy", tmp_path / "run", **change), capsys)[1]
+    assert "special_tokens of a run cannot be changed" in message
+
+
+def test_special_tokens_that_cannot_be_read(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    text = write_text(tmp_path)
+    flags = {"special_tokens": "", "max_steps": 1}
+    message = runs.refused(lambda: start("numpy", text, tmp_path / "run", **flags), capsys)[1]
+    assert "the tokenizer char has no special tokens: leave out --special-tokens" in message
+    save(BPETokenizer((), ("<the end>",)), tmp_path / "bpe.json")
+    flags["tokenizer"] = tmp_path / "bpe.json"
+    message = runs.refused(lambda: start("numpy", text, tmp_path / "run", **flags), capsys)[1]
+    assert "special token '<the end>' holds white space" in message

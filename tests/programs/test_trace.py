@@ -55,6 +55,11 @@ def test_docs_trace_shows_what_the_command_prints(capsys: pytest.CaptureFixture)
     assert len([line for line in map(read_line, printed) if line]) == int(printed[-1].split()[0])
 
 
+def test_a_text_from_windows_is_the_same_text() -> None:
+    plain, marked = (trace.example(trace.Options(text)) for text in ("a\nb", "\ufeffa\r\nb"))
+    np.testing.assert_array_equal(marked[2], plain[2])
+
+
 @pytest.mark.parametrize("config", CONFIGS, ids=["three layers", "longer than a block, no bias"])
 def test_both_traces_hold_every_tensor_and_agree(config: GPTConfig) -> None:
     weights, (idx, targets) = random_weights(config, seed=2), batch(config, config.block_size)
