@@ -5,6 +5,8 @@ import functools
 import json
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -370,3 +372,9 @@ def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: py
     monkeypatch.setattr(explorer, "MAX_BYTES", 1_500_000)
     assert explorer.main([str(run), "--prompt", "The king", "--out", str(out)]) == 0
     assert split(out.read_text(encoding="utf-8"))[1]["logits"].shape[0] == len("The king") - 1
+
+
+def test_it_needs_no_torch() -> None:
+    """The explorer is for those who have installed requirements.txt alone."""
+    check = "import sys, learn.explorer.page; assert not {'torch', 'matplotlib'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", check], cwd=ROOT, check=True, timeout=60)
