@@ -249,9 +249,12 @@ def check(exercise: Exercise, path: Path) -> int:
         came = exercise.run(names)
     found = {name: why_wrong(exercise, name, came) for name in expected(exercise)}
     print(f"{exercise.name}, checked against {exercise.checked_against}:")
-    for verdict in dict.fromkeys(found.values()):
+    kinds = list(dict.fromkeys(found.values()))  # tensors of which the same is to be said are named together
+    for verdict in kinds[:5]:
         tensors = ", ".join(name for name in found if found[name] == verdict)
         print(f"  right  {tensors}" if verdict is None else f"  WRONG  {tensors}\n         {verdict}")
+    if len(kinds) > 5:
+        print(f"  and {sum(found[name] in kinds[5:] for name in found)} more")
     if any(found.values()):
         print(f"Stuck? {PROGRAM} hint {exercise.name}")
         return 1
