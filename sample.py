@@ -1,6 +1,7 @@
 """Text from a trained GPT, with either engine.
 
     python sample.py runs/numpy-small
+    python sample.py runs/numpy-small/last.safetensors
     python sample.py runs/numpy-small --prompt "ROMEO:" --max-new-tokens 500 --temperature 0.8 --top-k 40 --seed 7
     printf "ROMEO:" | python sample.py runs/numpy-small --prompt -
 
@@ -17,10 +18,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Annotated, Literal
 
-from common.startup import explain_failed_imports
+from common.startup import prepare_imports
 
 if __name__ == "__main__":
-    explain_failed_imports()
+    prepare_imports()
 
 import numpy as np
 import tyro
@@ -59,21 +60,23 @@ def token_stream(
     top_k: int | None,
 ) -> Iterator[int]:
     """Token ids after prompt (T,), without end, from either engine. Raises ValueError on impossible settings."""
-    options = {"temperature": temperature, "top_k": top_k, "rng": rng}
     large = sum(weight.size for weight in weights.values()) >= LARGE
     dtype = weights["wte.weight"].dtype if large else np.dtype(np.float64)
     if engine == "numpy":
         tune_process(threads=1)
-        stream = GPT(config, weights, dtype=dtype).stream(prompt[None], **options)
+        gpt = GPT(config, weights, dtype=dtype.type)
+        for tokens in gpt.stream(prompt[None], temperature=temperature, top_k=top_k, rng=rng):
+            yield int(tokens[0])
     else:
         import torch  # here: the NumPy engine must run without it
 
         import torchgpt
 
-        gpt = torchgpt.GPT(config, dtype=getattr(torch, dtype.name))
-        gpt.load_state_dict({name: torch.tensor(weight) for name, weight in weights.items()})
-        stream = gpt.stream(torch.from_numpy(prompt[None].astype(np.int64)), **options)
-    return (int(tokens[0]) for tokens in stream)
+        model = torchgpt.GPT(config, dtype=getattr(torch, dtype.name))
+        model.load_state_dict({name: torch.tensor(weight) for name, weight in weights.items()})
+        idx = torch.from_numpy(prompt[None].astype(np.int64))
+        for token in model.stream(idx, temperature=temperature, top_k=top_k, rng=rng):
+            yield int(token[0])
 
 
 def write_samples(
@@ -111,9 +114,14 @@ def write_samples(
             print(f"--- sample {number + 1} of {num_samples}")
         print(prompt or "", end="", flush=True)
         rng = step_rng(seed, number, "sample")
-        new_ids = token_stream(engine, config, weights, ids, rng, temperature, top_k)
-        for piece in tokenizer.stream(islice(new_ids, max_new_tokens)):
-            print(piece, end="", flush=True)
+        try:
+            new_ids = token_stream(engine, config, weights, ids, rng, temperature, top_k)
+            for piece in tokenizer.stream(islice(new_ids, max_new_tokens)):
+                print(piece, end="", flush=True)
+        except UserError:
+            raise
+        except ValueError as error:  # finite weights so large that the logits are not
+            raise UserError(f"{folder} cannot write: {error}") from error
         print()
 
 
@@ -128,8 +136,16 @@ def first_ids(tokenizer: Tokenizer) -> np.ndarray:
 def show_sample(folder: Path, engine: Engine) -> None:
     """What a trainer ends with: a short text from what it has just saved, and how to get more."""
     print("\na sample of the best checkpoint:\n")
-    options = {"prompt": None, "max_new_tokens": 300, "temperature": 0.8, "top_k": None, "seed": 1337, "num_samples": 1}
-    write_samples(folder, engine=engine, **options)
+    write_samples(
+        folder,
+        prompt=None,
+        max_new_tokens=300,
+        temperature=0.8,
+        top_k=None,
+        seed=1337,
+        num_samples=1,
+        engine=engine,
+    )
     print(f"\nmore of it:\n    python sample.py {shlex.quote(str(folder))} --engine {engine} --max-new-tokens 1000")
 
 
@@ -157,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         """Text from a trained GPT, with either engine.
 
         Args:
-            run: the folder that a trainer kept its run in.
+            run: the folder that a trainer kept its run in, or one of the .safetensors files there.
             prompt: the text to continue; - reads all of standard input, which nothing else does.
             max_new_tokens: how many tokens to add.
             temperature: divides the logits; below 1 is bolder, 0 always takes the likeliest token.

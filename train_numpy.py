@@ -9,45 +9,48 @@
 The model is numpygpt.py. What stands here is how it learns from one batch; when, from which one, at what rate, and what
 is measured and kept, is training/loop.py, which train_torch.py runs just the same.
 """
-# ruff: noqa: E402  one thing must be said before NumPy loads
+# ruff: noqa: E402  two things must be done before NumPy loads
 
-import dataclasses
-import math
 import os
 import sys
-import warnings
-from collections.abc import Sequence
 
 for blas in ("OPENBLAS", "MKL", "VECLIB"):  # training.parallel has threads of its own, which pay better
     os.environ.setdefault(f"{blas}_NUM_THREADS", "1")
 
-from common.startup import explain_failed_imports
+from common.startup import prepare_imports
 
 if __name__ == "__main__":
-    explain_failed_imports()
+    prepare_imports()
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Sequence
 
 import numpy as np
 
 from common.cli import run_program
 from common.cores import usable_cores
 from common.errors import UserError
-from numpygpt import GPT, AdamW, GPTConfig, Params, clip_grad_norm
-from training.batches import Batch, read_windows, step_rng
+from numpygpt import GPT, AdamW, GPTConfig, clip_grad_norm
+from sample import show_sample
+from training.batches import Batch, step_rng
+from training.checkpoint import Snapshot
 from training.config import Flags, TrainConfig
 from training.flags import parse_flags
-from training.loop import train
-from training.memory import check_memory, memory_needed
+from training.loop import Engine, train
+from training.memory import MemoryUse
 from training.parallel import add_grads, loss_and_grads_in_parts, loss_in_parts, tune_process
 from training.run import open_run
 
+MEMORY = MemoryUse(scores_kept=True)
 
-class NumpyEngine:
+
+class NumpyEngine(Engine):
     """numpygpt.py's model and optimizer, as training.loop wants them.
 
     threads: into how many parts a micro-batch is cut, to compute them side by side
     """
-
-    leader, eval_batch_size = True, None
 
     def __init__(self, model: GPTConfig, training: TrainConfig, threads: int) -> None:
         dtype = np.float64 if training.dtype == "float64" else np.float32
@@ -62,11 +65,11 @@ class NumpyEngine:
         """Forward, backward, clip, update: see training.loop.Engine."""
         count = sum(targets.size for _, targets in micro_batches)
         rng = step_rng(self.seed, step, "dropout")
-        total_loss, total_grads = 0.0, None
+        total_loss, total_grads = 0.0, dict[str, np.ndarray]()
         for idx, targets in micro_batches:
             loss, grads = loss_and_grads_in_parts(self.gpt, idx, targets, rng=rng, count=count, threads=self.threads)
             total_loss += loss
-            total_grads = grads if total_grads is None else add_grads(total_grads, grads)
+            total_grads = add_grads(total_grads, grads) if total_grads else grads
         norm = clip_grad_norm(total_grads, self.grad_clip)
         if not (math.isfinite(total_loss) and math.isfinite(norm)):
             broken = [name for name, grad in total_grads.items() if not np.isfinite(grad).all()]
@@ -74,58 +77,44 @@ class NumpyEngine:
         self.optimizer.step(total_grads, lr)
         return total_loss, norm
 
-    def check(self) -> None:
-        """Nothing to do: train_step looks at every number."""
-
-    def agree(self, stop: int | None) -> int | None:
-        return stop
-
-    def windows(self, tokens: np.ndarray, starts: np.ndarray, T: int) -> Batch:
-        return read_windows(tokens, starts, T)
-
     def loss(self, idx: np.ndarray, targets: np.ndarray) -> float:
         return loss_in_parts(self.gpt, idx, targets, threads=self.threads)
 
     def num_params(self) -> int:
         return self.gpt.num_params()
 
-    def save(self) -> tuple[Params, Params, Params, int]:
-        return self.gpt.params, self.optimizer.m, self.optimizer.v, self.optimizer.t
+    def save(self) -> Snapshot:
+        return Snapshot(self.gpt.params, self.optimizer.m, self.optimizer.v)
 
-    def load(self, weights: Params, m: Params, v: Params, t: int) -> None:
-        for mine, loaded in ((self.gpt.params, weights), (self.optimizer.m, m), (self.optimizer.v, v)):
+    def load(self, snapshot: Snapshot, step: int) -> None:
+        for mine, saved in zip(
+            (self.gpt.params, self.optimizer.m, self.optimizer.v),
+            (snapshot.weights, snapshot.m, snapshot.v),
+            strict=True,
+        ):
             for name, array in mine.items():
-                array[...] = loaded[name]
-        self.optimizer.t = t
-
-
-def check(model: GPTConfig, training: TrainConfig) -> None:
-    """Raises UserError, before anything is allocated or written, if the model cannot fit into memory."""
-    needed = memory_needed(model, training, scores_kept=True)
-    check_memory(needed, "more --grad-accum")
+                array[...] = saved[name]
+        self.optimizer.t = step
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    flags = parse_flags(argv, Flags, "train_numpy.py", preset="small", description=__doc__.split("\n")[0])
+    flags = parse_flags(argv, Flags, "train_numpy.py", preset="small", description=str(__doc__).split("\n")[0])
     if flags.training.dtype == "bfloat16" and flags.run.resume is None:
         raise UserError("dtype bfloat16 is for train_torch.py: choose float32 or float64")
     if flags.training.dtype == "bfloat16":
-        print("a run of bfloat16 has weights of float32, and goes on in float32 here", file=sys.stderr)
+        print("a run of bfloat16 has weights of float32, and continues in float32 here", file=sys.stderr)
     if flags.training.dtype in ("auto", "bfloat16"):
         flags = dataclasses.replace(flags, training=dataclasses.replace(flags.training, dtype="float32"))
 
     warnings.simplefilter("ignore", RuntimeWarning)  # NumPy's of NaN and infinity, at which the engine stops anyway
-    with open_run(flags, "numpy", check) as run:
+    with open_run(flags, "numpy", MEMORY) as run:
         threads = flags.run.threads or usable_cores()
         print(f"computing in {threads} thread{'s' * (threads > 1)}")
         engine = NumpyEngine(run.model, run.training, threads)
         stopped_by = train(engine, run)
     if stopped_by is not None:
         return 128 + stopped_by
-
-    from sample import show_sample  # here: it takes longer to load than --help may take
-
     show_sample(run.folder, "numpy")
     return 0
 

@@ -24,10 +24,10 @@ from dataclasses import dataclass, field
 from multiprocessing import get_context
 from typing import Literal
 
-from common.startup import explain_failed_imports
+from common.startup import prepare_imports
 
 if __name__ == "__main__":
-    explain_failed_imports()
+    prepare_imports()
 
 import numpy as np
 from tqdm import tqdm
@@ -234,7 +234,7 @@ def measure_generation(options: Options) -> None:
         for length in sample:
             by_torch(torch.from_numpy(full[:, :length]))
 
-    contenders = {
+    contenders: dict[str, tuple[Callable[[], object], Callable[[], object], int]] = {
         "within the window": (
             lambda: by_numpy.generate(start, T - 1, rng=rng()),
             lambda: by_torch.generate(torch.from_numpy(start), T - 1, rng=rng()),
@@ -251,7 +251,8 @@ def measure_generation(options: Options) -> None:
             8,
         ),
     }
-    flat = {(name, i): pair[i] for name, pair in contenders.items() for i in (0, 1)}
+    flat = {(name, 0): ours for name, (ours, _, _) in contenders.items()}
+    flat |= {(name, 1): theirs for name, (_, theirs, _) in contenders.items()}
     with blas_threads(options.threads):
         times = alternate(flat, options.rounds)
 

@@ -24,10 +24,10 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from common.startup import explain_failed_imports
+from common.startup import prepare_imports
 
 if __name__ == "__main__":
-    explain_failed_imports()
+    prepare_imports()
 
 import numpy as np
 
@@ -40,7 +40,7 @@ from data.corpus import Corpus, load_corpus
 from data.tokenizers import get_tokenizer
 from numpygpt import GPTConfig, param_shapes
 from sample import first_ids, load_for_sampling, token_stream
-from train_numpy import NumpyEngine, check
+from train_numpy import MEMORY, NumpyEngine
 from training.batches import Batches, step_rng
 from training.config import PRESETS, Flags, RunFlags, TrainConfig, learning_rate
 from training.loop import Engine, train
@@ -99,7 +99,7 @@ class Result:
     @property
     def bigram_bits(self) -> float:
         """The bigram's bits per character: a nat per token is as many of them as for the model."""
-        return self.run.yardsticks["bigram"] * self.bits / self.nats_per_token
+        return self.run.baselines["bigram"] * self.bits / self.nats_per_token
 
     @property
     def chars_per_step(self) -> float:
@@ -157,24 +157,25 @@ def contender_flags(options: Options, corpus: Corpus, vocab_size: int | None) ->
     if there and (found := read_config(folder)).training != training:
         names = [name for name in vars(training) if getattr(training, name) != getattr(found.training, name)]
         raise UserError(f"{folder} holds a run with another {' and '.join(names)}: choose another --run-dir")
-    place = {"resume" if there else "run_dir": str(folder)}
-    return Flags(preset.model, training, RunFlags(options.preset, **place))
+    run = RunFlags(options.preset, resume=str(folder)) if there else RunFlags(options.preset, run_dir=str(folder))
+    return Flags(preset.model, training, run)
 
 
 def make_engine(name: str, model: GPTConfig, training: TrainConfig) -> Engine:
     """An engine with fresh weights."""
     if name == "numpy":
         return NumpyEngine(model, training, usable_cores())
-    from train_torch import DeviceFlags, TorchEngine  # here: the NumPy engine must run without PyTorch
+    from train_torch import TorchEngine  # the NumPy engine must run without PyTorch
+    from training.torch_device import DeviceFlags
 
-    return TorchEngine(model, training, DeviceFlags("cpu", compile=False, graph=False, pad_vocab=False))
+    return TorchEngine(model, training, DeviceFlags("cpu"))
 
 
 def train_contender(name: str, options: Options, corpus: Corpus, vocab_size: int | None) -> Result | int:
     """The run of one contender, trained now or before; or the signal that stopped it. Raises UserError."""
     flags = contender_flags(options, corpus, vocab_size)
     print(f"\n--- {name}")
-    with open_run(flags, options.engine, check) as run:
+    with open_run(flags, options.engine, MEMORY) as run:
         stopped_by = train(make_engine(options.engine, run.model, run.training), run)
     if stopped_by is not None:
         return stopped_by
@@ -194,19 +195,19 @@ def training_round(engine_name: str, result: Result) -> Callable[[], None]:
     run = result.run
     engine = make_engine(engine_name, run.model, run.training)
     batches = Batches(run.batches.tokens, run.model.block_size, run.training.batch_size, run.training.seed)
-    batches.read = engine.windows
     done = 0
 
     def update() -> None:
         nonlocal done
         for step in range(done, done + STEPS):
-            engine.train_step(step, [batches.at(step)], learning_rate(step, run.training))
+            batch = engine.gather(batches.tokens, batches.starts(step), run.model.block_size)
+            engine.train_step(step, [batch], learning_rate(step, run.training))
         done += STEPS
 
     return update
 
 
-def write_sample(engine: str, folder: Path) -> str:
+def write_sample(engine: Literal["numpy", "torch"], folder: Path) -> str:
     """SAMPLE_CHARS characters, or just over, as sample.py writes them."""
     config, weights, tokenizer = load_for_sampling(folder)
     rng = step_rng(SEED, 0, "sample")
@@ -237,7 +238,9 @@ def measure_training(engine: str, results: Sequence[Result], rounds: int) -> lis
     return speeds([times[r.name] / (STEPS * r.chars_per_step) for r in results])
 
 
-def measure_generation(engine: str, results: Sequence[Result], rounds: int) -> tuple[list[Speed], list[str]]:
+def measure_generation(
+    engine: Literal["numpy", "torch"], results: Sequence[Result], rounds: int
+) -> tuple[list[Speed], list[str]]:
     """Speeds, and the samples that were written."""
     samples: dict[str, str] = {}
 

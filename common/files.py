@@ -8,8 +8,9 @@ import stat
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, TypeVar
 
 from common.errors import UserError, shorten
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 MAX_JSON_BYTES = 1 << 20
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # how such a file begins
+
+T = TypeVar("T")
 
 
 def write_atomically(path: str | os.PathLike, content: bytes) -> None:
@@ -70,6 +73,11 @@ def sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def plot_text(text: str) -> str:
+    """A text for a plot, whose library takes what stands between two $ for a formula, and knows no lone surrogates."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8").replace("$", r"\$")
 
 
 def write_figure(path: Path, figure: "Figure") -> None:
@@ -163,3 +171,15 @@ def unique_names(pairs: list[tuple[str, object]]) -> dict[str, object]:
 def refuse_constant(name: str) -> None:
     """Python's json reads NaN and Infinity, which JSON does not have."""
     raise ValueError(f"{name} is not a number")
+
+
+def build(kind: type[T], values: object, path: Path) -> T:
+    """A dataclass from the object of a JSON file. Raises UserError that names the file and the field."""
+    names = {field.name for field in fields(kind)}  # type: ignore[arg-type]
+    if type(values) is not dict or set(values) != names:
+        wrong = sorted(names ^ set(values)) if type(values) is dict else sorted(names)
+        raise UserError(f"{path}: fields missing or unknown: {shorten(', '.join(wrong))}")
+    try:
+        return kind(**values)
+    except ValueError as error:
+        raise UserError(f"{path}: {str(error)[:200]}") from error  # it quotes the value, which may be long

@@ -19,7 +19,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from common.errors import UserError, shorten
+from common.errors import UserError, printable
 from common.files import open_regular, parse_json
 
 # The numbers that are understood, and how their bytes lie. NumPy has no bfloat16: it is the upper half of a float32.
@@ -62,32 +62,19 @@ class Stored:
 
 @dataclass(frozen=True)
 class TensorFile:
-    """An open safetensors file whose header has been checked."""
+    """An open safetensors file whose header, and if it was asked for whose seal, has been checked."""
 
     path: Path
-    content: mmap.mmap | bytes
-    header: bytes
     metadata: dict[str, str]
     tensors: dict[str, Stored]
 
-    def check_seal(self) -> None:
-        """Raises UserError unless every byte is what it was when the file was written with a seal. Reads all of it."""
-        seal = self.metadata.get(SEAL, "").encode()
-        if len(seal) != len(UNSEALED) or self.header.count(seal) != 1:
-            raise UserError(f"{self.path}: has no SHA-256 of its content; the file is damaged, or not from a trainer")
-        digest = hashlib.sha256(self.content[:8] + self.header.replace(seal, UNSEALED.encode()))
-        with memoryview(self.content) as view:
-            for start in range(8 + len(self.header), len(view), PIECE):
-                digest.update(view[start : start + PIECE])
-        if digest.hexdigest().encode() != seal:
-            raise UserError(f"{self.path}: its content does not have its SHA-256; the file is damaged")
 
-
-def open_tensors(path: Path, expected: str, *, max_bytes: int | None = None) -> TensorFile:
+def open_tensors(path: Path, expected: str, *, max_bytes: int | None = None, sealed: bool = False) -> TensorFile:
     """Map a safetensors file and check what its header says. No tensor is read yet.
 
     Raises UserError, at once, if there is no such file, if it is a folder, a pipe, a device, a Git LFS pointer, larger
-    than max_bytes, or anything else that is not safetensors. expected: what the message says should be there.
+    than max_bytes, or anything else that is not safetensors; with `sealed`, also if a byte is not what it was when the
+    file was sealed, for which all of it is read. expected: what the message says should be there.
     """
     with open_regular(path, expected) as file:
         size = os.fstat(file.fileno()).st_size
@@ -103,13 +90,15 @@ def open_tensors(path: Path, expected: str, *, max_bytes: int | None = None) -> 
         header = read_header(path, content)
         fields = parse_json(header, str(path))
         check_layout(path, file)
-    metadata = fields.pop("__metadata__", {})
+        metadata = fields.pop("__metadata__", {})
+        if sealed:
+            check_seal(path, file, header, metadata.get(SEAL, ""))
     first = 8 + len(header)
     tensors = {
         name: Stored(path, name, content, entry["dtype"], tuple(entry["shape"]), first + entry["data_offsets"][0])
         for name, entry in fields.items()
     }
-    return TensorFile(path, content, header, metadata, tensors)
+    return TensorFile(path, metadata, tensors)
 
 
 def read_header(path: Path, content: mmap.mmap | bytes) -> bytes:
@@ -137,7 +126,19 @@ def check_layout(path: Path, file: BinaryIO) -> None:
         with safe_open(by_handle if by_handle.exists() else path, "numpy"):
             pass
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: {shorten(str(error))[1:-1]}") from error
+        raise UserError(f"{path}: {printable(str(error))[:200]}") from error
+
+
+def check_seal(path: Path, file: BinaryIO, header: bytes, seal: str) -> None:
+    """Raises UserError unless the digest in the metadata is that of the file."""
+    if len(seal) != len(UNSEALED) or header.count(seal.encode()) != 1:
+        raise UserError(f"{path}: has no SHA-256 of its content; the file is damaged, or not from a trainer")
+    digest = hashlib.sha256(len(header).to_bytes(8, "little") + header.replace(seal.encode(), UNSEALED.encode()))
+    file.seek(8 + len(header))
+    while piece := file.read(PIECE):
+        digest.update(piece)
+    if digest.hexdigest() != seal:
+        raise UserError(f"{path}: its content does not have its SHA-256; the file is damaged")
 
 
 def pieces(array: np.ndarray) -> Iterator[np.ndarray]:
@@ -173,8 +174,8 @@ def write_tensors(
         for piece in pieces(tensor):
             if not np.isfinite(piece).all():
                 raise ValueError(f"not finite: {name}")
-            digest.update(piece)
-            file.write(piece)
+            digest.update(piece.data)
+            file.write(piece.data)
     if seal:
         file.seek(head.index(UNSEALED.encode()))
         file.write(digest.hexdigest().encode())

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from textwrap import fill
 
-from common.startup import explain_failed_imports
+from common.startup import prepare_imports
 
 if __name__ == "__main__":
-    explain_failed_imports()
+    prepare_imports()
 
 import numpy as np
 from hypothesis import settings

@@ -139,11 +139,7 @@ def test_every_number_is_explained(page: "sync_api.Page") -> None:
     steps = page.evaluate(
         """() => SEQUENCE.map(step => step.give.filter(role => step.has(role)).map(role => {
             const {shape, data} = TENSORS[step.tensor(role)];
-            const explained = Array.from(data, (_, place) => {
-                let rest = place;
-                const index = [...shape].reverse().map(n => { const i = rest % n; rest = (rest - i) / n; return i; });
-                return step.explain(step, role, index.reverse()).at(-1).value;
-            });
+            const explained = Array.from(data, (_, i) => step.explain(step, role, indexAt(i, shape)).at(-1).value);
             return [`${step.part} ${step.direction} ${role}`, [...data], explained];
         })).flat()"""
     )
@@ -237,10 +233,11 @@ def test_move_a_weight(page: "sync_api.Page", subject: Subject) -> None:
     probs = numpygpt.softmax_forward(logits[0])
     shown = [float(text) for text in page.locator("#targets .row > span:last-child").all_inner_texts()]
     np.testing.assert_allclose(shown, probs[np.arange(len(ids) - 1), ids[1:]], atol=5.1e-4)
+    kept = page.evaluate("[...TENSORS['h.0.mlp.c_fc.weight'].data]")
+    np.testing.assert_array_equal(kept, weights["h.0.mlp.c_fc.weight"].ravel(), err_msg="the page's own weight moved")
     page.click("#back")
-    np.testing.assert_allclose(
-        page.evaluate("[...TENSORS['h.0.mlp.c_fc.weight'].data]"), weights["h.0.mlp.c_fc.weight"].ravel()
-    )
+    assert float(page.input_value("#move")) == pytest.approx(weights["h.0.mlp.c_fc.weight"][3, 2], abs=1e-9)
+    assert len(set(page.locator("#readout b").all_inner_texts())) == 1
 
 
 @needs_browser

@@ -149,7 +149,8 @@ def recipe(tokens: np.ndarray, training: TrainConfig, steps: int) -> Iterator[tu
 
 def compare_states(what: str, ours: object, theirs: object, meaning: str) -> None:
     """Weights, m and v of two engines, tensor by tensor."""
-    for kind, mine, others in zip(("weights", "m", "v"), ours.save(), theirs.save(), strict=False):
+    for kind in ("weights", "m", "v"):
+        mine, others = (getattr(engine.save(), kind) for engine in (ours, theirs))
         assert list(mine) == list(others)
         for name in mine:
             limit = KEY_BIAS if kind == "weights" and name.endswith("c_attn.bias") else STATE

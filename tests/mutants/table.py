@@ -469,8 +469,8 @@ TABLE = {
         "test_bench_subwords.py::test_what_follows_from_a_result": [
             (
                 "the bigram's loss is left in nats per token",
-                'self.run.yardsticks["bigram"] * self.bits / self.nats_per_token',
-                'self.run.yardsticks["bigram"]',
+                'self.run.baselines["bigram"] * self.bits / self.nats_per_token',
+                'self.run.baselines["bigram"]',
             ),
             ("a step learns from as many characters as tokens", " / self.tokens_per_char", ""),
         ],
@@ -534,6 +534,44 @@ TABLE = {
     "training/batches.py": {
         "test_semantics.py::test_the_evaluation_predicts_each_token_once": [
             ("the target is the token itself", "windows[:, :-1], windows[:, 1:]", "windows[:, :-1], windows[:, :-1]"),
+        ],
+        "test_loop.py::test_random_windows_reach_both_ends": [
+            (
+                "random windows never begin at the last place",
+                "rng.integers(len(tokens) - T, size",
+                "rng.integers(len(tokens) - T - 1, size",
+            ),
+        ],
+    },
+    "training/loop.py": {
+        "test_loop.py::test_the_wait_before_the_next_save_follows_from_the_last_one": [
+            ("the wait ignores how long a save took", "max(SAVE_SECONDS, SAVE_RATIO * (now - began))", "SAVE_SECONDS"),
+        ],
+        "test_loop.py::test_the_clock_leaves_out_evaluations_and_saves": [
+            ("evaluations count as training", "self.step_began += took", "pass"),
+            ("the seconds of a run begin again after a resume", "self.began = now - seconds", "self.began = now"),
+        ],
+    },
+    "training/run.py": {
+        "test_fuzz.py::test_the_names_of_leftovers": [
+            ("files of others are deleted", r"\.\w{8}\.new", r".*\.new"),
+        ],
+    },
+    "common/tensors.py": {
+        "test_tensors.py::test_a_flipped_bit_anywhere_is_found": [
+            ("the seal does not cover the header", "header.replace(seal.encode(), UNSEALED.encode())", "b''"),
+            ("the seal does not cover the tensors", "    while piece := file.read(PIECE):", "    while piece := b'':"),
+        ],
+        "test_tensors.py::test_what_is_not_finite_is_neither_written_nor_read": [
+            ("NaN is written", "            if not np.isfinite(piece).all():", "            if False:"),
+            (
+                "NaN is read",
+                "        if not all(np.isfinite(piece).all() for piece in pieces(array)):",
+                "        if False:",
+            ),
+        ],
+        "test_tensors.py::test_all_dtypes_are_read[BF16]": [
+            ("bfloat16 is the lower half", "(array.astype(np.uint32) << 16)", "array.astype(np.uint32)"),
         ],
     },
 }

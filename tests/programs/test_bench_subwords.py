@@ -76,8 +76,8 @@ def check_page(page: str, preset: str, max_chars: int, rel: float) -> None:
 def made_by_hand(name: str, vocab_size: int, tokens_per_char: float, bits: float) -> bench.Result:
     """A contender whose model has one channel, and of whose run no more is there than the page needs."""
     config = GPTConfig(vocab_size, 10, n_layer=1, n_head=1, n_embd=1)
-    unused = {"tokenizer": None, "batches": None, "val_tokens": None, "val_chars": 0, "checkpoint": None}
-    run = Run(Path("run"), "numpy", config, PRESETS["tiny"].training, yardsticks={"bigram": 3.0}, **unused)
+    unused = {"tokenizer": None, "batches": None, "val_tokens": None, "eval_tokens": None, "eval_chars": 0}
+    run = Run(Path("run"), "numpy", config, PRESETS["tiny"].training, baselines={"bigram": 3.0}, **unused)
     curve = [(500_000, 9.9), (2_000_000, bits)]
     return bench.Result(name, run, tokens_per_char, tokens_per_char, curve, bits * math.log(2) / tokens_per_char)
 

@@ -181,9 +181,9 @@ def test_a_run_that_was_never_best_samples_from_last(
 ) -> None:
     text = write_text(tmp_path)
     assert start("numpy", text, tmp_path / "run", max_steps=1, decay_steps=3) == 0
-    (tmp_path / "run" / "best").rename(tmp_path / "elsewhere")
+    (tmp_path / "run" / "best.safetensors").rename(tmp_path / "elsewhere")
     assert sampled(tmp_path / "run", "--max-new-tokens", 5, capsys=capsys)
-    (tmp_path / "run" / "last").rename(tmp_path / "elsewhere too")
+    (tmp_path / "run" / "last.safetensors").rename(tmp_path / "elsewhere too")
     assert "has no checkpoint yet" in refused(tmp_path / "run", capsys=capsys)
 
 
