@@ -151,6 +151,11 @@ MISTAKES: dict[str, list[tuple[str, str, str]]] = {
             "self.m[name], self.v[name]\n",
             "0 * self.m[name], 0 * self.v[name]\n",
         ),
+        (
+            "parameters bound to new arrays, not changed in place",
+            "            if param.ndim >= 2:\n",
+            "            param = param.copy()\n            if param.ndim >= 2:\n",
+        ),
         ("biases and gains decay", "if param.ndim >= 2:", "if True:"),
         ("gains decay, because their name ends in weight", "if param.ndim >= 2:", 'if name.endswith("weight"):'),
         ("no decay", "param *= 1 - lr * self.weight_decay", "pass"),

@@ -142,7 +142,7 @@ def nudge(params: Tensors, grads: Tensors) -> Tensors:
     name, entry, step = NUDGED
     moved = {key: value.copy() for key, value in params.items()}
     moved[name][entry] += step
-    before, after = (float(GPT(CONFIG, p).forward(IDX, TARGETS)[1]) for p in (params, moved))
+    before, after = (float(GPT(CONFIG, p).loss_and_grads(IDX, TARGETS)[0]) for p in (params, moved))
     lines = {"loss before": before, "loss after": after, "change of the loss": after - before}
     return {key: np.array(value) for key, value in (lines | {"gradient * 0.0001": grads[name][entry] * step}).items()}
 
@@ -194,7 +194,7 @@ def wrong_calculations(page: str, tensors: Tensors) -> Iterator[str]:
     blocks = [block for kind, block in FENCE.findall(page) if kind == "" and "|" not in block]
     for line in "".join(blocks).splitlines():
         target, *terms, printed = re.split(" = |: +", line)
-        name, entry = re.fullmatch(r"(.*?)(?:\[(\d, \d)\])?", target).groups()
+        name, entry = re.findall(r"^(.*?)(?:\[(\d, \d)\])?$", target)[0]
         value = as_rows(tensors[name])[tuple(map(int, (entry or "0, 0").split(", ")))] if name in tensors else math.nan
         if rounded(value, printed) != printed:
             yield f"{line}: {rounded(value, printed)} is right"
