@@ -104,7 +104,7 @@ def torch_step(config: numpygpt.GPTConfig, B: int, threads: int, compiled: bool 
     idx, targets = map(torch.from_numpy, random_batch(config, B))
     model = torchgpt.GPT(config)
     params = list(model.parameters())
-    optimizer = torch.optim.AdamW(torchgpt.decay_groups(model, 0.1), lr=LR, betas=(0.9, 0.99), fused=True)
+    optimizer = torch.optim.AdamW(torchgpt.decay_groups(params, 0.1), lr=LR, betas=(0.9, 0.99), fused=True)
     forward = torch.compile(model) if compiled else model
 
     def step() -> None:

@@ -119,7 +119,7 @@ def plain_updates(
     """The plain loop. As in nanoGPT, a large vocabulary is padded."""
     gpt = GPT(model, pad_vocab_to=64 if model.vocab_size > 1000 else 1, checked=False).to(device).train()
     forward = torch.compile(gpt, dynamic=False) if compiled else gpt
-    optimizer = torch.optim.AdamW(decay_groups(gpt, 0.1), betas=(0.9, 0.99), fused=True)
+    optimizer = torch.optim.AdamW(decay_groups(gpt.parameters(), 0.1), betas=(0.9, 0.99), fused=True)
     batches, done = Batches(tokens, model.block_size, training.batch_size, 1), 0
 
     def send(ids: np.ndarray) -> torch.Tensor:

@@ -25,7 +25,7 @@ from common.errors import UserError, shorten
 from common.files import build, read_json, write_atomically
 from data.corpus import Corpus, load_corpus
 from data.tokenizers import Tokenizer, get_tokenizer, load, save
-from numpygpt import GPTConfig, Params
+from numpygpt import GPTConfig, Params, is_for_muon, param_shapes
 from training.batches import Batches, encode, special_tokens
 from training.checkpoint import TOKENIZER, Checkpoint, State, load_checkpoint, load_weights, save_tensors
 from training.config import NO_CORPUS, Flags, ModelFlags, RunConfig, TrainConfig, eval_due
@@ -38,7 +38,7 @@ LAST, BEST = "last.safetensors", "best.safetensors"
 FILES = {CONFIG, METRICS, PICTURE, LAST, BEST}  # what makes a folder a run
 LEFTOVER = re.compile(r"\.(config\.json|tokenizer\.json|metrics\.jsonl|loss\.png|(last|best)\.safetensors)\.\w{8}\.new")
 # What a resumed run cannot change, besides the model: with another eval_tokens no two losses could be compared.
-FIXED = ("seed", "batch_size", "tokenizer", "bpe_vocab_size", "special_tokens", "eval_tokens")
+FIXED = ("seed", "batch_size", "optimizer", "tokenizer", "bpe_vocab_size", "special_tokens", "eval_tokens")
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def find_changes(
     begins = config.corpus_sha256 == NO_CORPUS
     for name, (old, new) in changes.items():
         precision = name == "dtype" and "float64" in (old, new)  # bfloat16 and float32 keep the same weights
-        fixed = name in FIXED and not (begins and name in ("seed", "batch_size", "eval_tokens"))
+        fixed = name in FIXED and not (begins and name in ("seed", "batch_size", "optimizer", "eval_tokens"))
         if precision or fixed or (name in asdict(model) and name != "dropout"):
             raise UserError(f"{name} of a run cannot be changed: {folder} has {shorten(old)}, not {shorten(new)}")
     return changes
@@ -163,7 +163,10 @@ def load_last(folder: Path, model: GPTConfig, training: TrainConfig) -> Checkpoi
         if os.path.lexists(folder / BEST):
             raise UserError(f"{folder} has {BEST}, but the checkpoint to resume from, {LAST}, is missing")
         return None
-    checkpoint = load_checkpoint(folder / LAST, model, np.float64 if training.dtype == "float64" else np.float32)
+    muon = training.optimizer == "muon"
+    without_v = [name for name, shape in param_shapes(model).items() if muon and is_for_muon(name, len(shape))]
+    dtype = np.float64 if training.dtype == "float64" else np.float32
+    checkpoint = load_checkpoint(folder / LAST, model, dtype, without_v)
     if checkpoint.state.step > training.max_steps:
         raise UserError(f"max_steps must be at least the {checkpoint.state.step} steps that {folder} has made")
     return checkpoint

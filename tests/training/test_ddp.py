@@ -393,7 +393,7 @@ def test_a_graph_that_fails_ends_the_run_with_the_flag_to_leave_out(
 ) -> None:
     """And what was run to warm up is undone."""
     engine = TorchEngine(MODEL, TRAINING, CPU)
-    engine.update = RecordedStep(engine.update_once, engine.optimizer, [engine.broken])
+    engine.update = RecordedStep(engine.update_once, engine.optimizers, [engine.broken])
     before = {name: array.copy() for name, array in engine.save().weights.items()}
     with pytest.raises(
         UserError, match=r"^the CUDA graph failed: leave out --graph \(RuntimeError: operation not perm"
