@@ -176,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             run: the folder that a trainer kept its run in, or one of the .safetensors files there.
             prompt: the text to continue; - reads all of standard input, which nothing else does.
             max_new_tokens: how many tokens to add.
-            temperature: divides the logits; below 1 is bolder, 0 always takes the likeliest token.
+            temperature: divides the logits; below 1 is more cautious, 0 always takes the likeliest token.
             top_k: draw from the k likeliest tokens only.
             seed: of the draws; one seed, one text, whichever engine.
             num_samples: how many texts to write, each with draws of its own.
