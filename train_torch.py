@@ -273,7 +273,7 @@ class TorchEngine:
             check_ids("the training split", tokens[None], 0, self.gpt.config.vocab_size)
             self.source = tokens
             if self.flags.corpus_on_device:
-                self.corpus = torch.from_numpy(np.array(tokens)).to(self.device)
+                self.corpus = torch.from_numpy(np.array(tokens, np.int32)).to(self.device)
         if not self.flags.corpus_on_device:
             return read_windows(tokens, starts, T)
         windows = self.corpus.unfold(0, T + 1, 1)[self.to_device(starts)].long()

@@ -66,7 +66,10 @@ class Batches:
         rng = step_rng(self.seed, epoch, "epoch")
         T, K = self.block_size, self.windows_per_epoch
         offset = rng.integers(min(T, len(self.tokens) - K * T))
-        return offset + T * rng.permutation(K)
+        starts = rng.permutation(K)
+        starts *= T  # in place: a large corpus has millions of windows
+        starts += offset
+        return starts
 
     def at(self, step: int) -> Batch:
         """idx, targets (B, T): the batch of the update that follows `step` updates."""

@@ -12,7 +12,7 @@ import dataclasses
 import json
 import os
 import tempfile
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,8 +22,8 @@ import numpy as np
 
 from common.errors import UserError, shorten
 from common.files import read_json, write_atomically
-from data.bpe import cut
-from data.tokenizers import Tokenizer, get_tokenizer, load, save
+from data.text import cut
+from data.tokenizers import CharTokenizer, Tokenizer, get_tokenizer, load, save
 from numpygpt import GPTConfig, Params
 from training.batches import Batches
 from training.checkpoint import (
@@ -125,8 +125,8 @@ def begin_run(folder: Path, flags: Flags, engine: str, check: Check) -> Run:
     corpus = load_corpus(flags.training.data)
     training = dataclasses.replace(flags.training, data=corpus.name)
     # All characters count, or validation might not be writable; but merges are learned from the training split alone.
-    text = corpus.text if training.tokenizer == "char" else corpus.train_text
-    tokenizer = get_tokenizer(training.tokenizer, text, training.bpe_vocab_size)
+    pieces = cut(corpus.utf8, anywhere=True) if training.tokenizer == "char" else corpus.train_pieces()
+    tokenizer = get_tokenizer(training.tokenizer, pieces, training.bpe_vocab_size)
     model = flags.model.gpt_config(tokenizer.vocab_size)
     check(model, training)
     run = assemble(folder, engine, model, training, tokenizer, corpus, None)
@@ -203,10 +203,13 @@ def assemble(
     """Encode both splits and take the measures that need no model. Raises UserError if either split is too short."""
     from bigram import bigram_loss
 
-    splits = {0: corpus.train_text, len(corpus.train_text): corpus.val_text}
+    anywhere = isinstance(tokenizer, CharTokenizer)
+    splits = {0: corpus.train_pieces(anywhere=anywhere), corpus.num_train_chars: corpus.val_pieces(anywhere=anywhere)}
     special = special_tokens(tokenizer, training, corpus)
     try:
-        train_tokens, val_tokens = (encode(tokenizer, text, folder, start, special) for start, text in splits.items())
+        train_tokens, val_tokens = (
+            encode(tokenizer, pieces, folder, start, special) for start, pieces in splits.items()
+        )
     except UserError as error:
         raise UserError(f"{corpus.name} does not suit the tokenizer: {error}") from error
     if len(val_tokens) < 2:
@@ -215,7 +218,12 @@ def assemble(
             "are needed to predict one from the other"
         )
     batches = Batches(train_tokens, model.block_size, training.batch_size, training.seed)
-    val_chars = len(corpus.val_text) - len(tokenizer.decode(val_tokens[:1]))
+    val_chars = corpus.num_chars - corpus.num_train_chars - len(tokenizer.decode(val_tokens[:1]))
+    if val_chars < 1:
+        raise UserError(
+            f"{corpus.name} is too short: its validation split, the last tenth, is a single character, and 2 are "
+            "needed to predict one from the other"
+        )
     yardsticks = {"bigram": bigram_loss(train_tokens, val_tokens, tokenizer.vocab_size)}
     if corpus.entropy_per_char is not None:
         yardsticks["entropy"] = corpus.entropy_per_char * val_chars / (len(val_tokens) - 1)
@@ -235,7 +243,7 @@ def special_tokens(tokenizer: Tokenizer, training: TrainConfig, corpus: "Corpus"
                 raise UserError(f"special token {shorten(token)} holds white space: it cannot be read in a text")
         return tokenizer.special_tokens
     for token in tokenizer.special_tokens:
-        if times := corpus.text.count(token):
+        if times := corpus.utf8.count(token.encode()):
             print(
                 f"{corpus.name} holds {shorten(token)} {times:,} time{'s' * (times > 1)}, learned as ordinary text: "
                 "--special-tokens would read it as the special token"
@@ -243,8 +251,12 @@ def special_tokens(tokenizer: Tokenizer, training: TrainConfig, corpus: "Corpus"
     return ()
 
 
-def encode(tokenizer: Tokenizer, text: str, folder: Path, start: int, special: Collection[str]) -> np.ndarray:
-    """The token ids of a text, (n,) int32, mapped from a file, so that a large corpus takes disk and not memory.
+def encode(
+    tokenizer: Tokenizer, pieces: Iterable[str], folder: Path, start: int, special: Collection[str]
+) -> np.ndarray:
+    """The token ids of a text, (n,) unsigned integers, mapped from a file: a large corpus takes disk and not memory.
+
+    Pages of the file that were read count as memory all the same, so an id has no more bytes than it needs.
 
     The file has no name: it is in the folder as long as the array is, and a crash leaves nothing of it.
     start: where in its corpus the text begins
@@ -252,15 +264,16 @@ def encode(tokenizer: Tokenizer, text: str, folder: Path, start: int, special: C
 
     Raises UserError that says from where on something cannot be encoded.
     """
+    dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
     with tempfile.TemporaryFile(dir=folder) as file:
-        for piece in cut(text):
+        for piece in pieces:
             try:
-                file.write(tokenizer.encode(piece, allowed_special=special).astype(np.int32).tobytes())
+                file.write(tokenizer.encode(piece, allowed_special=special).astype(dtype).tobytes())
             except UserError as error:
                 raise UserError(f"from its character {start:,} on, {error}") from error
             start += len(piece)
         file.flush()
-        return np.memmap(file, np.int32, mode="r") if file.tell() else np.empty(0, np.int32)
+        return np.memmap(file, dtype, mode="r") if file.tell() else np.empty(0, dtype)
 
 
 def load_run(folder: Path) -> tuple[GPTConfig, Params, Tokenizer]:
