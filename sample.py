@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from common.startup import explain_failed_imports
 
@@ -32,6 +32,9 @@ from data.tokenizers import Tokenizer
 from numpygpt import GPT, GPTConfig, Params, check_sampling
 from training.batches import step_rng
 from training.run import load_run, read_config
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Engine = Literal["numpy", "torch"]
 
@@ -58,19 +61,21 @@ def token_stream(
     top_k: int | None,
 ) -> Iterator[int]:
     """Token ids after prompt (T,), without end, from either engine. Raises ValueError on impossible settings."""
-    options = {"temperature": temperature, "top_k": top_k, "rng": rng}
     large = sum(weight.size for weight in weights.values()) >= LARGE
     dtype = weights["wte.weight"].dtype if large else np.dtype(np.float64)
+    stream: Iterator[np.ndarray] | Iterator[Tensor]
     if engine == "numpy":
-        stream = GPT(config, weights, dtype=dtype).stream(prompt[None], **options)
+        gpt = GPT(config, weights, dtype=dtype.type)
+        stream = gpt.stream(prompt[None], temperature=temperature, top_k=top_k, rng=rng)
     else:
         import torch  # here: the NumPy engine must run without it
 
         import torchgpt
 
-        gpt = torchgpt.GPT(config, dtype=getattr(torch, dtype.name))
-        gpt.load_state_dict({name: torch.tensor(weight) for name, weight in weights.items()})
-        stream = gpt.stream(torch.from_numpy(prompt[None].astype(np.int64)), **options)
+        twin = torchgpt.GPT(config, dtype=getattr(torch, dtype.name))
+        twin.load_state_dict({name: torch.tensor(weight) for name, weight in weights.items()})
+        idx = torch.from_numpy(prompt[None].astype(np.int64))
+        stream = twin.stream(idx, temperature=temperature, top_k=top_k, rng=rng)
     return (int(tokens[0]) for tokens in stream)
 
 
@@ -126,8 +131,9 @@ def first_ids(tokenizer: Tokenizer) -> np.ndarray:
 def show_sample(folder: Path, engine: Engine) -> None:
     """What a trainer ends with: a short text from what it has just saved, and how to get more."""
     print("\na sample of the best checkpoint:\n")
-    options = {"prompt": None, "max_new_tokens": 300, "temperature": 0.8, "top_k": None, "seed": 1337, "num_samples": 1}
-    write_samples(folder, engine=engine, **options)
+    write_samples(
+        folder, prompt=None, max_new_tokens=300, temperature=0.8, top_k=None, seed=1337, num_samples=1, engine=engine
+    )
     print(f"\nmore of it:\n    python sample.py {shlex.quote(str(folder))} --engine {engine} --max-new-tokens 1000")
 
 

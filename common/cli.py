@@ -13,7 +13,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from itertools import dropwhile, pairwise, takewhile
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import tyro
 
@@ -25,7 +25,7 @@ T = TypeVar("T")
 PATH_FLAGS = {"--data", "--from", "--out", "--resume", "--run", "--run-dir", "--tokenizer"}
 
 
-def parse(kind: type[T] | Callable[..., T], program: str, argv: Sequence[str] | None, **options: object) -> T:
+def parse(kind: type[T] | Callable[..., T], program: str, argv: Sequence[str] | None, **options: Any) -> T:
     """tyro.cli with flat flags; where it would draw a box around an error: one line on stderr, and exit status 2."""
     argv = expand_home(sys.argv[1:] if argv is None else argv)
     flat = (tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone)  # None is what a flag is when it is not given
@@ -79,7 +79,7 @@ def is_rule(line: str) -> bool:
 
 
 def run_program(main: Callable[[], int]) -> int:
-    """main()'s exit status; or 1 and one line on stderr, if something went wrong that the user can mend."""
+    """main()'s exit status; or 1 and one line on stderr, if something went wrong that the user can fix."""
     status, message = 1, None
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # None where there is no console
@@ -103,7 +103,9 @@ def run_program(main: Callable[[], int]) -> int:
         status = 128 + signal.SIGINT
     try:
         print(end="", flush=True)
-    except OSError:  # what is still buffered would fail again when Python ends, which then has a say of its own
+    except (
+        OSError
+    ):  # what is still buffered would fail again when Python ends, which would then print an error of its own
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if message is not None:
         print(f"error: {message_line(message)}", file=sys.stderr)
@@ -115,6 +117,6 @@ def run_and_flush(main: Callable[[], int]) -> int:
     try:
         status = main()
     except SystemExit as stop:  # tyro's, after --help; parse's, after flags that make no sense
-        status = stop.code or 0
+        status = stop.code or 0  # type: ignore[assignment]  # a number, both times
     print(end="", flush=True)
     return status

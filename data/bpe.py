@@ -360,7 +360,9 @@ def merge_all(ids: list[int], ranks: dict[tuple[int, int], int]) -> list[int]:
 def merge_long(ids: Collection[int], ranks: dict[Pair, int]) -> list[int]:
     """The same as merge_all, for a chunk so long that it must not be read again for each merge."""
     row = Row([ids])
-    places, heap, pairs = {}, [], row.all_pairs()
+    places: dict[Pair, Places] = {}
+    heap: list[tuple[int, Pair]] = []
+    pairs = row.all_pairs()
     while True:
         for pair, _, at in pairs:
             if pair in ranks:

@@ -88,7 +88,7 @@ def load_corpus(name: str | None = None, *, announce: Callable[[str], None] = pr
 
     Tiny Shakespeare is downloaded if it is not there. If that fails, a caller who asked for it by name gets a
     UserError that says how to get it; a caller who named nothing gets `verse`, and `announce` two lines that say so.
-    Raises UserError for whatever else the user can mend: a missing file, one that is not text, an altered input.txt.
+    Raises UserError for whatever else the user can fix: a missing file, one that is not text, an altered input.txt.
     """
     if name == "verse":
         return load_verse()
@@ -107,7 +107,7 @@ def load_corpus(name: str | None = None, *, announce: Callable[[str], None] = pr
 
 
 def load_verse() -> Corpus:
-    """The embedded corpus: written anew each time, always the same."""
+    """The embedded corpus: written each time, always the same."""
     utf8 = verse.write().encode()
     return Corpus("verse", utf8, hashlib.sha256(utf8).hexdigest(), verse.entropy_per_char())
 
