@@ -67,7 +67,7 @@ def read_bytes(path: str | os.PathLike, expected: str, *, max_bytes: int | None 
 
     Raises UserError, which says what was `expected` there, if there is no such file, if it is a folder, a pipe or a
     device (which may never end), if it cannot be read, if it has more than `max_bytes`, or if it is only the pointer
-    that Git LFS leaves in place of a large file.
+    that Git LFS leaves instead of a large file.
     """
     path = Path(path)
     try:

@@ -253,7 +253,7 @@ def train_command(data: str | None, vocab_size: int, out: Path | None) -> None:
     trained = time.perf_counter()
     num_tokens = sum(len(tokenizer.encode(piece, use_tiktoken=False)) for piece in cut(corpus.utf8))
     encoded = time.perf_counter()
-    if out is not None:  # before a word is printed, for whoever reads it may close the pipe after a few
+    if out is not None:  # before anything is printed: a reader may close the pipe early
         try:
             save(tokenizer, out)
         except OSError as error:
