@@ -20,6 +20,7 @@ of sampling are counts of numpygpt.sample.
 """
 
 import io
+import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
