@@ -836,14 +836,19 @@ def orthogonalize(g: Array, steps: int = 5) -> Array:
     return np.ascontiguousarray(x.mT) if tall else x
 
 
-def split_params(params: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The parameters that Muon trains, and all others, which stay with AdamW.
+def is_for_muon(name: str, ndim: int) -> bool:
+    """Whether Muon trains the parameter of this name and number of dimensions; all others stay with AdamW.
 
     Muon's are the matrices inside blocks. They map vectors to vectors, and orthogonalize bounds how far an update moves
     any of these. The rows of wte and wpe are looked up one at a time, and the tied head is wte again: a token that was
     not in the batch has a gradient only from the head, and a rare one ought not to move as far as a frequent one.
     """
-    matrices = {name: param for name, param in params.items() if name.startswith("h.") and param.ndim == 2}
+    return name.startswith("h.") and ndim == 2
+
+
+def split_params(params: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arrays or tensors by name -> those that Muon trains, and those that stay with AdamW."""
+    matrices = {name: param for name, param in params.items() if is_for_muon(name, param.ndim)}
     return matrices, {name: param for name, param in params.items() if name not in matrices}
 
 

@@ -60,21 +60,23 @@ def token_stream(
     top_k: int | None,
 ) -> Iterator[int]:
     """Token ids after prompt (T,), without end, from either engine. Raises ValueError on impossible settings."""
-    options = {"temperature": temperature, "top_k": top_k, "rng": rng}
     large = sum(weight.size for weight in weights.values()) >= LARGE
     dtype = weights["wte.weight"].dtype if large else np.dtype(np.float64)
     if engine == "numpy":
         tune_process(threads=1)
-        stream = GPT(config, weights, dtype=dtype).stream(prompt[None], **options)
+        gpt = GPT(config, weights, dtype=dtype.type)
+        for tokens in gpt.stream(prompt[None], temperature=temperature, top_k=top_k, rng=rng):
+            yield int(tokens[0])
     else:
         import torch  # here: the NumPy engine must run without it
 
         import torchgpt
 
-        gpt = torchgpt.GPT(config, dtype=getattr(torch, dtype.name))
-        gpt.load_state_dict({name: torch.tensor(weight) for name, weight in weights.items()})
-        stream = gpt.stream(torch.from_numpy(prompt[None].astype(np.int64)), **options)
-    return (int(tokens[0]) for tokens in stream)
+        model = torchgpt.GPT(config, dtype=getattr(torch, dtype.name))
+        model.load_state_dict({name: torch.tensor(weight) for name, weight in weights.items()})
+        idx = torch.from_numpy(prompt[None].astype(np.int64))
+        for token in model.stream(idx, temperature=temperature, top_k=top_k, rng=rng):
+            yield int(token[0])
 
 
 def write_samples(
@@ -134,8 +136,16 @@ def first_ids(tokenizer: Tokenizer) -> np.ndarray:
 def show_sample(folder: Path, engine: Engine) -> None:
     """What a trainer ends with: a short text from what it has just saved, and how to get more."""
     print("\na sample of the best checkpoint:\n")
-    options = {"prompt": None, "max_new_tokens": 300, "temperature": 0.8, "top_k": None, "seed": 1337, "num_samples": 1}
-    write_samples(folder, engine=engine, **options)
+    write_samples(
+        folder,
+        prompt=None,
+        max_new_tokens=300,
+        temperature=0.8,
+        top_k=None,
+        seed=1337,
+        num_samples=1,
+        engine=engine,
+    )
     print(f"\nmore of it:\n    python sample.py {shlex.quote(str(folder))} --engine {engine} --max-new-tokens 1000")
 
 

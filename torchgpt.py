@@ -6,7 +6,7 @@ transposition. The letters B, T, C, V, L, nh and hs are those of numpygpt.py.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
@@ -274,9 +274,9 @@ def sample(logits: Tensor, temperature: float, top_k: int | None, rng: np.random
     return torch.searchsorted(cdf, threshold, right=True)[:, 0]
 
 
-def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """The model's parameters in two groups for torch.optim: as in numpygpt's AdamW, only matrices decay."""
-    params = list(model.parameters())
+def decay_groups(params: Iterable[Tensor], weight_decay: float) -> list[dict]:
+    """The parameters in two groups for torch.optim.AdamW: as in numpygpt's AdamW, only matrices decay."""
+    params = list(params)
     return [
         {"params": [param for param in params if param.ndim >= 2], "weight_decay": weight_decay},
         {"params": [param for param in params if param.ndim < 2], "weight_decay": 0.0},
@@ -322,18 +322,24 @@ class Muon(torch.optim.Optimizer):
         for name, param in params.items():
             if param.ndim != 2:
                 raise ValueError(f"Muon learns matrices, got {name} of shape {tuple(param.shape)}: leave it to AdamW")
-            self.state[param]["m"] = torch.zeros_like(param)
+        self.found_inf: Tensor | None = None
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        """One update of all parameters from their .grad. Matrices of one shape are orthogonalised together."""
+        """One update of all parameters from their .grad. Matrices of one shape are orthogonalised together.
+
+        Where found_inf is 1, nothing changes, as in PyTorch's fused optimizers: so a GPU can skip an update by itself.
+        """
         (group,) = self.param_groups
         lr, momentum, weight_decay = group["lr"], group["momentum"], group["weight_decay"]
         by_shape: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
         for name, param in self.params.items():
-            m = self.state[param]["m"]
-            m.mul_(momentum).add_((1 - momentum) * param.grad)
+            state = self.state[param]
+            if not state:
+                state["momentum_buffer"] = torch.zeros_like(param)
+            m = momentum * state["momentum_buffer"] + (1 - momentum) * param.grad
             ahead = momentum * m + (1 - momentum) * param.grad
+            self.set(state["momentum_buffer"], m)
             maps = 3 if name.endswith("c_attn.weight") else 1
             for pair in zip(param.chunk(maps), ahead.chunk(maps), strict=True):
                 by_shape.setdefault(pair[0].shape, []).append(pair)
@@ -342,4 +348,8 @@ class Muon(torch.optim.Optimizer):
             stack = torch.stack([ahead for _, ahead in pairs])
             updates = orthogonalize(stack.to(self.dtype or stack.dtype)).to(stack.dtype)
             for (param, _), update in zip(pairs, updates, strict=True):
-                param.sub_(lr * (scale * update + weight_decay * param))
+                self.set(param, param - lr * (scale * update + weight_decay * param))
+
+    def set(self, tensor: Tensor, value: Tensor) -> None:
+        """Give tensor this value, unless found_inf is 1."""
+        tensor.copy_(value if self.found_inf is None else torch.where(self.found_inf > 0, tensor, value))

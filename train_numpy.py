@@ -32,24 +32,24 @@ import numpy as np
 from common.cli import run_program
 from common.cores import usable_cores
 from common.errors import UserError
-from numpygpt import GPT, AdamW, GPTConfig, clip_grad_norm
+from numpygpt import GPT, AdamW, GPTConfig, Params, clip_grad_norm, split_params
 from sample import show_sample
 from training.batches import Batch, step_rng
 from training.checkpoint import Snapshot
-from training.config import Flags, TrainConfig
+from training.config import Flags, TrainConfig, muon_learning_rate
 from training.flags import parse_flags
 from training.loop import Engine, train
 from training.memory import MemoryUse
-from training.parallel import add_grads, loss_and_grads_in_parts, loss_in_parts, tune_process
+from training.parallel import MuonInParts, add_grads, loss_and_grads_in_parts, loss_in_parts, tune_process
 from training.run import open_run
 
 MEMORY = MemoryUse(scores_kept=True)
 
 
 class NumpyEngine(Engine):
-    """numpygpt.py's model and optimizer, as training.loop wants them.
+    """numpygpt.py's model and optimizers, as training.loop wants them.
 
-    threads: into how many parts a micro-batch is cut, to compute them side by side
+    threads: into how many parts a micro-batch and Muon's matrices are cut, to compute them side by side
     """
 
     def __init__(self, model: GPTConfig, training: TrainConfig, threads: int) -> None:
@@ -57,25 +57,40 @@ class NumpyEngine(Engine):
         self.threads = threads
         tune_process(threads)
         self.gpt = GPT(model, seed=training.seed, dtype=dtype)
+        self.training, self.grad_clip = training, training.grad_clip or math.inf
+        matrices, others = split_params(self.gpt.params) if training.optimizer == "muon" else ({}, self.gpt.params)
         betas = (training.beta1, training.beta2)
-        self.optimizer = AdamW(self.gpt.params, betas=betas, weight_decay=training.weight_decay)
-        self.seed, self.grad_clip = training.seed, training.grad_clip or math.inf
+        self.optimizer = AdamW(others, betas=betas, weight_decay=training.weight_decay)
+        self.muon = None
+        if matrices:
+            self.muon = MuonInParts(matrices, weight_decay=training.muon_weight_decay, threads=threads)
 
     def train_step(self, step: int, micro_batches: Sequence[Batch], lr: float) -> tuple[float, float]:
         """Forward, backward, clip, update: see training.loop.Engine."""
+        loss, grads = self.loss_and_grads(step, micro_batches)
+        norm = clip_grad_norm(grads, self.grad_clip)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            broken = [name for name, grad in grads.items() if not np.isfinite(grad).all()]
+            raise ValueError(f"not finite: {f'the gradient of {broken[0]}' if broken else 'the loss, or the norm'}")
+        self.update(grads, lr)
+        return loss, norm
+
+    def loss_and_grads(self, step: int, micro_batches: Sequence[Batch]) -> tuple[float, Params]:
+        """Of the whole batch, by its parts."""
         count = sum(targets.size for _, targets in micro_batches)
-        rng = step_rng(self.seed, step, "dropout")
+        rng = step_rng(self.training.seed, step, "dropout")
         total_loss, total_grads = 0.0, dict[str, np.ndarray]()
         for idx, targets in micro_batches:
             loss, grads = loss_and_grads_in_parts(self.gpt, idx, targets, rng=rng, count=count, threads=self.threads)
             total_loss += loss
             total_grads = add_grads(total_grads, grads) if total_grads else grads
-        norm = clip_grad_norm(total_grads, self.grad_clip)
-        if not (math.isfinite(total_loss) and math.isfinite(norm)):
-            broken = [name for name, grad in total_grads.items() if not np.isfinite(grad).all()]
-            raise ValueError(f"not finite: {f'the gradient of {broken[0]}' if broken else 'the loss, or the norm'}")
-        self.optimizer.step(total_grads, lr)
-        return total_loss, norm
+        return total_loss, total_grads
+
+    def update(self, grads: Params, lr: float) -> None:
+        """One step of the optimizers; lr is AdamW's rate."""
+        self.optimizer.step({name: grads[name] for name in self.optimizer.params}, lr)
+        if self.muon is not None:
+            self.muon.step(grads, muon_learning_rate(lr, self.training))
 
     def loss(self, idx: np.ndarray, targets: np.ndarray) -> float:
         return loss_in_parts(self.gpt, idx, targets, threads=self.threads)
@@ -84,15 +99,12 @@ class NumpyEngine(Engine):
         return self.gpt.num_params()
 
     def save(self) -> Snapshot:
-        return Snapshot(self.gpt.params, self.optimizer.m, self.optimizer.v)
+        return Snapshot(self.gpt.params, self.optimizer.m | (self.muon.m if self.muon else {}), self.optimizer.v)
 
     def load(self, snapshot: Snapshot, step: int) -> None:
-        for mine, saved in zip(
-            (self.gpt.params, self.optimizer.m, self.optimizer.v),
-            (snapshot.weights, snapshot.m, snapshot.v),
-            strict=True,
-        ):
-            for name, array in mine.items():
+        mine = self.save()
+        for arrays, saved in ((mine.weights, snapshot.weights), (mine.m, snapshot.m), (mine.v, snapshot.v)):
+            for name, array in arrays.items():
                 array[...] = saved[name]
         self.optimizer.t = step
 

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from typing import cast
 
 from common.startup import prepare_imports
 
@@ -28,12 +29,12 @@ from torch import Tensor, nn
 
 from common.cli import run_program
 from common.errors import UserError
-from numpygpt import GPTConfig, check_batch, check_ids
+from numpygpt import GPTConfig, check_batch, check_ids, split_params
 from sample import show_sample
-from torchgpt import GPT, decay_groups
+from torchgpt import GPT, Muon, decay_groups
 from training.batches import Batch, step_rng
 from training.checkpoint import Snapshot
-from training.config import TrainConfig
+from training.config import TrainConfig, muon_learning_rate
 from training.flags import parse_flags
 from training.loop import Engine, train
 from training.run import open_run
@@ -50,7 +51,7 @@ from training.torch_device import (
     print_device,
     resolve_flags,
 )
-from training.torch_graph import RecordedStep
+from training.torch_graph import RecordedStep, Step
 
 
 class Loss(nn.Module):
@@ -77,7 +78,7 @@ def without_dropout(model: nn.Module) -> Iterator[None]:
 
 
 class TorchEngine(Engine):
-    """torchgpt.py's model and PyTorch's AdamW, as training.loop wants them.
+    """torchgpt.py's model with PyTorch's AdamW, and torchgpt.py's Muon, as training.loop wants them.
 
     flags: how to compute; the attribute says how it does now, if torch.compile has failed
     ddp: this process among those that train the model together
@@ -87,7 +88,7 @@ class TorchEngine(Engine):
         dtype = torch.float64 if training.dtype == "float64" else torch.float32
         self.flags, self.ddp, self.is_main = flags, ddp, ddp.is_main
         self.device, self.bfloat16 = torch.device(flags.device), training.dtype == "bfloat16"
-        self.seed, self.grad_clip = training.seed, training.grad_clip or math.inf
+        self.training, self.grad_clip = training, training.grad_clip or math.inf
         on_cpu = self.device.type == "cpu"
         self.gpt = GPT(
             model,
@@ -102,16 +103,7 @@ class TorchEngine(Engine):
         self.eval_batch_size = None if on_cpu else max(1, min(65_536, 2**28 // model.vocab_size) // model.block_size)
         self.forward = self.make_forward(training.batch_size // training.grad_accum)
 
-        # The rate is a tensor where the step is recorded, or the recording would keep the first step's.
-        self.lr = torch.tensor(training.learning_rate, device=self.device) if flags.graph else None
-        self.optimizer = torch.optim.AdamW(
-            decay_groups(self.gpt, training.weight_decay),
-            training.learning_rate if self.lr is None else self.lr,
-            betas=(training.beta1, training.beta2),
-            eps=1e-8,
-            fused=True,
-            capturable=flags.graph,
-        )
+        self.make_optimizers()
         self.source: np.ndarray | None = None  # what self.tokens is a copy of
 
         # Reading a number on a GPU means waiting for it. So a step notes itself where it is not finite, and from then
@@ -119,7 +111,39 @@ class TorchEngine(Engine):
         self.lazy = self.device.type == "cuda"
         self.step = torch.zeros((), dtype=torch.int64, device=self.device)
         self.broken = torch.full_like(self.step, -1)
-        self.update = RecordedStep(self.update_once, self.optimizer, [self.broken]) if flags.graph else self.update_once
+        self.update = self.make_update()
+
+    def make_optimizers(self) -> None:
+        """AdamW, and Muon if it is to train the matrices inside blocks: then AdamW has all others."""
+        training, params = self.training, dict(self.gpt.named_parameters())
+        matrices, others = split_params(params) if training.optimizer == "muon" else ({}, params)
+        self.optimizer = torch.optim.AdamW(
+            decay_groups(others.values(), training.weight_decay),
+            self.new_rate(),
+            betas=(training.beta1, training.beta2),
+            eps=1e-8,
+            fused=True,
+            capturable=self.flags.graph,
+        )
+        self.muon = None
+        if matrices:
+            dtype = torch.bfloat16 if self.bfloat16 else None
+            self.muon = Muon(matrices, self.new_rate(), weight_decay=training.muon_weight_decay, dtype=dtype)
+        self.optimizers = [self.optimizer] if self.muon is None else [self.optimizer, self.muon]
+
+    def new_rate(self) -> float | Tensor:
+        """A learning rate. It is a tensor where the step is recorded, or the recording would keep the first step's."""
+        return torch.zeros((), device=self.device) if self.flags.graph else 0.0
+
+    def set_rates(self, lr: float) -> None:
+        """lr: AdamW's, which Muon's follows."""
+        for optimizer in self.optimizers:
+            rate = muon_learning_rate(lr, self.training) if optimizer is self.muon else lr
+            for group in optimizer.param_groups:
+                group["lr"] = group["lr"].fill_(rate) if self.flags.graph else rate
+
+    def make_update(self) -> Step:
+        return RecordedStep(self.update_once, self.optimizers, [self.broken]) if self.flags.graph else self.update_once
 
     def make_forward(self, B: int) -> nn.Module:
         """idx, targets -> loss, compiled if the flags say so. B: sequences of a micro-batch, all processes together.
@@ -131,7 +155,7 @@ class TorchEngine(Engine):
             return self.ddp.wrap(Loss(self.gpt))
         # All batches have one shape. A second one, of another model say, must not make it a variable: the fused
         # attention would refuse that.
-        forward = self.ddp.wrap(torch.compile(Loss(self.gpt), dynamic=False))
+        forward = self.ddp.wrap(cast(nn.Module, torch.compile(Loss(self.gpt), dynamic=False)))
         fault = next(filter(None, self.ddp.gather(self.try_forward(forward, B))), None)
         if fault is None:
             return forward
@@ -157,10 +181,9 @@ class TorchEngine(Engine):
     def train_step(self, step: int, micro_batches: Sequence[Batch], lr: float) -> tuple[Tensor, Tensor]:
         """Forward, backward, clip, update: see training.loop.Engine."""
         # Every process has dropout of its own; the generator takes 64 bits.
-        torch.manual_seed(int(step_rng(self.seed, step, "dropout").integers(2**62)) + self.ddp.rank)
+        torch.manual_seed(int(step_rng(self.training.seed, step, "dropout").integers(2**62)) + self.ddp.rank)
         self.step.fill_(step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr if self.lr is None else self.lr.fill_(lr)
+        self.set_rates(lr)
         self.count = sum(len(ids) * ids.shape[1] for ids, _ in micro_batches)
         return self.update(*(self.ddp.share(self.to_device(ids)) for pair in micro_batches for ids in pair))
 
@@ -169,7 +192,8 @@ class TorchEngine(Engine):
 
         Raises ValueError if the step is not finite and reading that costs nothing; else `check` does.
         """
-        self.optimizer.zero_grad()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
         losses, last = [], len(batch) - 2
         for i in range(0, len(batch), 2):
             idx, targets = batch[i], batch[i + 1]
@@ -185,13 +209,15 @@ class TorchEngine(Engine):
         finite = torch.isfinite(loss + norm)
         if self.lazy:
             self.broken.copy_(torch.where((self.broken < 0) & ~finite, self.step, self.broken))
-            # The fused kernel's own way to skip an update, as torch.amp.GradScaler uses it.
-            self.optimizer.found_inf = (self.broken >= 0).float()  # type: ignore[attr-defined]
-            self.optimizer.grad_scale = None  # type: ignore[attr-defined]
+            for optimizer in self.optimizers:
+                # The fused kernel's own way to skip an update, as torch.amp.GradScaler uses it.
+                optimizer.found_inf = (self.broken >= 0).float()  # type: ignore[attr-defined]
+                optimizer.grad_scale = None  # type: ignore[attr-defined]
         elif not finite:
             bad = [name for name, param in self.gpt.named_parameters() if not is_finite(param.grad)]
             raise ValueError(f"not finite: {f'the gradient of {bad[0]}' if bad else 'the loss, or the norm'}")
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         return loss, norm
 
     def check(self) -> None:
@@ -228,26 +254,29 @@ class TorchEngine(Engine):
     def save(self) -> Snapshot:
         weights, m, v = {}, {}, {}
         for name, param in self.gpt.named_parameters():
-            state = self.optimizer.state.get(param)  # nothing before the first step
             weights[name] = to_numpy(param)
-            m[name] = to_numpy(state["exp_avg"] if state else torch.zeros_like(param))
-            v[name] = to_numpy(state["exp_avg_sq"] if state else torch.zeros_like(param))
+            zeros = torch.zeros_like(param)  # before the first step there is no state yet
+            if self.muon is not None and name in self.muon.params:
+                m[name] = to_numpy(self.muon.state.get(param, {}).get("momentum_buffer", zeros))
+            else:
+                state = self.optimizer.state.get(param, {})
+                m[name], v[name] = (to_numpy(state.get(kind, zeros)) for kind in ("exp_avg", "exp_avg_sq"))
         return Snapshot(weights, m, v)
 
     def load(self, snapshot: Snapshot, step: int) -> None:
         self.gpt.load_state_dict({name: torch.tensor(weight) for name, weight in snapshot.weights.items()})
-        names, groups = {param: name for name, param in self.gpt.named_parameters()}, self.optimizer.param_groups
-        state = {
-            number: {
-                "step": torch.tensor(float(step)),
-                "exp_avg": torch.tensor(snapshot.m[name]),
-                "exp_avg_sq": torch.tensor(snapshot.v[name]),
-            }
-            for number, name in enumerate(names[param] for group in groups for param in group["params"])
-        }
-        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
-        if self.flags.graph:  # a recording made before would continue with the moments of before
-            self.update = RecordedStep(self.update_once, self.optimizer, [self.broken])
+        names = {param: name for name, param in self.gpt.named_parameters()}
+        for optimizer in self.optimizers:
+            state = {}
+            for number, param in enumerate(param for group in optimizer.param_groups for param in group["params"]):
+                m = torch.tensor(snapshot.m[names[param]])
+                if optimizer is self.muon:
+                    state[number] = {"momentum_buffer": m}
+                else:
+                    v = torch.tensor(snapshot.v[names[param]])
+                    state[number] = {"step": torch.tensor(float(step)), "exp_avg": m, "exp_avg_sq": v}
+            optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        self.update = self.make_update()  # a recording made before would continue with the moments of before
 
 
 def to_numpy(tensor: Tensor) -> np.ndarray:

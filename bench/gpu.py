@@ -59,6 +59,8 @@ HEADER = """
 RECIPE_HEADER = f"""
 | seed | s of training to {NANOGPT_LOSS} | at step | s in all | first step, s | best loss | at step |
 |---|---|---|---|---|---|---|"""
+Maker = Callable[[], Callable[[int], None]]  # -> a function that makes n updates
+
 MICRO_BATCH = {"gpt2": 8}  # sequences at once, where the preset's batch is far larger than a step here needs to be
 
 
@@ -116,14 +118,13 @@ def plain_updates(
 ) -> Callable[[int], None]:
     """The plain loop. As in nanoGPT, a large vocabulary is padded."""
     gpt = GPT(model, pad_vocab_to=64 if model.vocab_size > 1000 else 1, checked=False).to(device).train()
-    if compiled:
-        gpt = torch.compile(gpt, dynamic=False)
-    optimizer = torch.optim.AdamW(decay_groups(gpt, 0.1), betas=(0.9, 0.99), fused=True)
+    forward = torch.compile(gpt, dynamic=False) if compiled else gpt
+    optimizer = torch.optim.AdamW(decay_groups(gpt.parameters(), 0.1), betas=(0.9, 0.99), fused=True)
     batches, done = Batches(tokens, model.block_size, training.batch_size, 1), 0
 
     def send(ids: np.ndarray) -> torch.Tensor:
-        ids = torch.from_numpy(np.ascontiguousarray(ids))
-        return ids.pin_memory().to(device, non_blocking=True) if device == "cuda" else ids
+        tensor = torch.from_numpy(np.ascontiguousarray(ids))
+        return tensor.pin_memory().to(device, non_blocking=True) if device == "cuda" else tensor
 
     def update(n: int) -> None:
         nonlocal done
@@ -132,7 +133,7 @@ def plain_updates(
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, training)
             with torch.autocast(device, dtype=torch.bfloat16):
-                _, loss = gpt(idx, targets)
+                _, loss = forward(idx, targets)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(gpt.parameters(), training.grad_clip)
             optimizer.step()
@@ -162,15 +163,15 @@ def prepare(preset: str, corpus: Corpus) -> tuple[GPTConfig, TrainConfig, np.nda
 
 
 def contenders(
-    preset: str, model: GPTConfig, training: TrainConfig, device: str, tokens: np.ndarray
-) -> dict[str, Callable[[], Callable[[int], None]]]:
+    preset: str, model: GPTConfig, training: TrainConfig, device: Literal["cuda", "cpu"], tokens: np.ndarray
+) -> dict[str, Maker]:
     """What makes each, by name."""
     cuda = device == "cuda"
     eager = DeviceFlags(device, pad_vocab=cuda)
     modes = {"eager": eager, "compiled": replace(eager, compile=True)}
     if cuda:
         modes["captured"] = replace(eager, compile=True, graph=True)
-    makers = {
+    makers: dict[str, Maker] = {
         f"plain loop, {mode}, bfloat16": partial(
             plain_updates, model, training, device, tokens, compiled=mode == "compiled"
         )
@@ -286,8 +287,8 @@ def train_once(seed: int, options: Options, corpus: Corpus, look_every: int = 50
     for last, step in pairwise(looks):
         began = time.perf_counter()
         for done in range(last, step):
-            loss = update(done)
-        loss.item()
+            batch_loss = update(done)
+        batch_loss.item()
         run.seconds += time.perf_counter() - began
         engine.check()
         loss = evaluate(engine.loss, val_tokens, model.block_size, engine.eval_batch_size)

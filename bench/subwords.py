@@ -157,8 +157,8 @@ def contender_flags(options: Options, corpus: Corpus, vocab_size: int | None) ->
     if there and (found := read_config(folder)).training != training:
         names = [name for name in vars(training) if getattr(training, name) != getattr(found.training, name)]
         raise UserError(f"{folder} holds a run with another {' and '.join(names)}: choose another --run-dir")
-    place = {"resume" if there else "run_dir": str(folder)}
-    return Flags(preset.model, training, RunFlags(options.preset, **place))
+    run = RunFlags(options.preset, resume=str(folder)) if there else RunFlags(options.preset, run_dir=str(folder))
+    return Flags(preset.model, training, run)
 
 
 def make_engine(name: str, model: GPTConfig, training: TrainConfig) -> Engine:
@@ -207,7 +207,7 @@ def training_round(engine_name: str, result: Result) -> Callable[[], None]:
     return update
 
 
-def write_sample(engine: str, folder: Path) -> str:
+def write_sample(engine: Literal["numpy", "torch"], folder: Path) -> str:
     """SAMPLE_CHARS characters, or just over, as sample.py writes them."""
     config, weights, tokenizer = load_for_sampling(folder)
     rng = step_rng(SEED, 0, "sample")
@@ -238,7 +238,9 @@ def measure_training(engine: str, results: Sequence[Result], rounds: int) -> lis
     return speeds([times[r.name] / (STEPS * r.chars_per_step) for r in results])
 
 
-def measure_generation(engine: str, results: Sequence[Result], rounds: int) -> tuple[list[Speed], list[str]]:
+def measure_generation(
+    engine: Literal["numpy", "torch"], results: Sequence[Result], rounds: int
+) -> tuple[list[Speed], list[str]]:
     """Speeds, and the samples that were written."""
     samples: dict[str, str] = {}
 

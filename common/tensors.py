@@ -174,8 +174,8 @@ def write_tensors(
         for piece in pieces(tensor):
             if not np.isfinite(piece).all():
                 raise ValueError(f"not finite: {name}")
-            digest.update(piece)
-            file.write(piece)
+            digest.update(piece.data)
+            file.write(piece.data)
     if seal:
         file.seek(head.index(UNSEALED.encode()))
         file.write(digest.hexdigest().encode())

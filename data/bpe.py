@@ -24,7 +24,8 @@ import codecs
 import heapq
 import re
 import sys
-from collections import Counter, defaultdict
+from array import array
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -44,6 +45,7 @@ MAX_TIKTOKEN_BLANK = 1 << 18  # characters of white space in a row; tiktoken pan
 MAX_TABLE_BYTES = 16 << 20  # of all tokens' bytes together; a few crafted lines could ask for terabytes
 MAX_CACHED_CHUNKS = 1 << 18
 MAX_CACHED_CHUNK_CHARS = 64
+MAX_RESCANNED_BYTES = 256  # of a chunk; beyond, not reading it again for each merge saves more than it costs
 
 # GPT-2's borders. \p{L} letters, \p{N} numbers, \s white space; the last two leave the last space of a run to the
 # word that follows it.
@@ -189,7 +191,8 @@ class BPETokenizer:
 
     def _encode_chunk(self, chunk: bytes) -> list[int]:
         """The ids of one chunk of bytes, which need not be UTF-8: the merge learned first is made first."""
-        return merge_all([self._byte_ids[byte] for byte in chunk], self._ranks)
+        merge = merge_all if len(chunk) <= MAX_RESCANNED_BYTES else merge_long
+        return merge([self._byte_ids[byte] for byte in chunk], self._ranks)
 
     def decode_bytes(self, ids: Iterable[int] | np.ndarray) -> bytes:
         """The bytes of ids (n,), UTF-8 or not. Raises UserError for ids that are not whole numbers in [0, V)."""
@@ -223,46 +226,106 @@ class BPETokenizer:
         )
 
 
-def learn_merges(chunk_counts: dict[str, int], num_merges: int) -> list[tuple[int, int]]:
+BORDER, GONE = -1, -2  # ids that are none: around each chunk, and of the right half of a merged pair
+
+Pair = tuple[int, int]
+Places = np.ndarray  # (n,) where a pair's left half is in a Row, in order
+
+
+class Row:
+    """Chunks of ids in a row, each id linked to its neighbours: a merge costs what the places of its pair cost, no more
+    in one chunk that is the whole text than in as many words.
+
+    times: how often each chunk counts
+    """
+
+    def __init__(self, chunks: Collection[Collection[int]], times: Collection[int] = (1,)) -> None:
+        ids = array("q", [BORDER])
+        for chunk in chunks:
+            ids.extend(chunk)
+            ids.append(BORDER)
+        self.ids = np.array(ids)
+        self.times = np.repeat([0, *times], [1, *(len(chunk) + 1 for chunk in chunks)])  # of each place's chunk
+        self.left, self.right = np.arange(-1, len(ids) - 1), np.arange(1, len(ids) + 1)
+        self.right[-1] = len(ids) - 1
+
+    def all_pairs(self) -> list[tuple[Pair, int, Places]]:
+        return self.pairs(np.arange(len(self.ids)))
+
+    def pairs(self, places: Places) -> list[tuple[Pair, int, Places]]:
+        """Each pair whose left half is at one of the places, how often it counts there, and at which of them it is
+        in their order."""
+        keys = self.keys(places)
+        places, keys = places[keys >= 0], keys[keys >= 0]
+        if not len(keys):
+            return []
+        order = np.argsort(keys, kind="stable")
+        places, keys = places[order], keys[order]
+        begins = np.flatnonzero(np.diff(keys, prepend=-1))
+        pairs = [divmod(key, 1 << 32) for key in keys[begins].tolist()]
+        counts = np.add.reduceat(self.times[places], begins).tolist()
+        groups = [places[begin:end] for begin, end in pairwise([*begins.tolist(), len(places)])]
+        return list(zip(pairs, counts, groups, strict=True))
+
+    def keys(self, places: Places) -> np.ndarray:
+        """(n,) one number for the pair at each place, 2^32 left + right, negative where there is none."""
+        return self.ids[places] << 32 | self.ids[self.right[places]]
+
+    def find(self, pair: Pair, places: Places) -> Places:
+        """Which places still hold the pair; of occurrences that overlap, as "aa" does in "aaaaa", every second one."""
+        at = places[self.keys(places) == (pair[0] << 32 | pair[1])]  # earlier merges may have taken one half
+        number = np.arange(len(at))
+        first = np.maximum.accumulate(np.where(joined(self.right[at], at), 0, number))
+        return at[(number - first) % 2 == 0]
+
+    def before(self, at: Places) -> Places:
+        """The places to the left of pairs, without those that are the right half of another of these pairs."""
+        return self.left[at][~joined(self.right[at], self.left[at])]
+
+    def merge(self, at: Places, new_id: int) -> None:
+        """Replace the pairs at these places, which do not overlap, by `new_id`."""
+        half = self.right[at]
+        after = self.right[half]
+        self.ids[at], self.ids[half] = new_id, GONE
+        self.right[at], self.left[after] = after, at
+
+
+def joined(ends: Places, begins: Places) -> np.ndarray:
+    """(n,) whether each begins where the one before it ends."""
+    return np.concatenate([[False], ends[:-1] == begins[1:]])[: len(begins)]
+
+
+def learn_merges(chunk_counts: dict[str, int], num_merges: int) -> list[Pair]:
     """Up to `num_merges` merges of byte-pair encoding; fewer if no pair occurs twice any more.
 
-    A text has few distinct chunks, so each is merged once and counted as often as it occurs. Only chunks that hold the
-    merged pair change, so only their pairs are counted anew: the cost of a merge is that of the places it touches.
+    A text has few distinct chunks, so each is in the row once, and its pairs count as often as it occurs.
     """
-    chunks = [(list(chunk.encode()), times) for chunk, times in chunk_counts.items()]
-    counts = Counter()
-    holders = defaultdict(set)  # pair -> the chunks that hold it (or held it once: that does no harm)
-    for place, (ids, times) in enumerate(chunks):
-        for pair in pairwise(ids):
-            counts[pair] += times
-            holders[pair].add(place)
-    # The best pair is on top: the highest count, then the lowest pair. An entry whose count has changed since is
-    # passed over when it comes up; the change has pushed a new one.
+    row = Row([chunk.encode() for chunk in chunk_counts], chunk_counts.values())
+    counts, places = {}, {}
+    for pair, count, at in row.all_pairs():
+        counts[pair], places[pair] = count, at
+    # The best pair is on top: the highest count, then the lowest pair. Counts of pairs that are there only fall, so an
+    # entry that has become too high goes back to its place when it comes up. What occurs once is not worth an id.
     heap = [(-count, pair) for pair, count in counts.items()]
     heapq.heapify(heap)
-    merges = []
+    merges: list[Pair] = []
     while heap and len(merges) < num_merges:
         negative_count, pair = heapq.heappop(heap)
-        if counts[pair] != -negative_count:
+        if counts[pair] < 2:
             continue
-        if -negative_count < 2:
-            break
+        if counts[pair] < -negative_count:
+            heapq.heappush(heap, (-counts[pair], pair))
+            continue
         new_id = 256 + len(merges)
         merges.append(pair)
-        changes = Counter()
-        for place in holders.pop(pair):
-            ids, times = chunks[place]
-            merged = merge_pair(ids, pair, new_id)
-            for old in pairwise(ids):
-                changes[old] -= times
-            for new in pairwise(merged):
-                changes[new] += times
-                holders[new].add(place)
-            chunks[place] = merged, times
-        for changed, change in changes.items():
-            if change:
-                counts[changed] += change
-                heapq.heappush(heap, (-counts[changed], changed))
+        found = row.find(pair, places.pop(pair))
+        before = row.before(found)
+        for old, count, _ in row.pairs(np.concatenate([before, found, row.right[found]])):
+            counts[old] -= count
+        row.merge(found, new_id)
+        for new, count, at in row.pairs(np.concatenate([before, found])):  # with the new id, so they are nowhere else
+            counts[new], places[new] = count, at
+            heapq.heappush(heap, (-count, new))
     return merges
 
 
@@ -288,6 +351,24 @@ def merge_all(ids: list[int], ranks: dict[tuple[int, int], int]) -> list[int]:
         # All occurrences at once: whatever pairs the new id forms were learned after it.
         ids = merge_pair(ids, pair, new_id)
     return ids
+
+
+def merge_long(ids: Collection[int], ranks: dict[Pair, int]) -> list[int]:
+    """The same as merge_all, for a chunk so long that it must not be read again for each merge."""
+    row = Row([ids])
+    places, heap, pairs = {}, [], row.all_pairs()
+    while True:
+        for pair, _, at in pairs:
+            if pair in ranks:
+                places[pair] = at
+                heapq.heappush(heap, (ranks[pair], pair))
+        if not heap:
+            return row.ids[row.ids >= 0].tolist()
+        new_id, pair = heapq.heappop(heap)
+        found = row.find(pair, places.pop(pair))
+        changed = np.concatenate([row.before(found), found])
+        row.merge(found, new_id)
+        pairs = row.pairs(changed)
 
 
 def can_happen(place: int, merges: Sequence[tuple[int, int]], ranks: dict[tuple[int, int], int]) -> bool:

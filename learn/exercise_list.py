@@ -12,6 +12,7 @@ from common.errors import UserError
 from numpygpt import Array, GPTConfig, Params
 
 Tensors = dict[str, Array]
+Outcome = dict[str, Any]  # what came out of a learner's function, by name: arrays, if all is well
 Namespace = dict[str, Any]  # the names of a module: numpygpt's, or those of a learner's file
 
 RNG = np.random.default_rng(42)
@@ -34,8 +35,8 @@ class Exercise:
     write: tuple[str, ...]
     shown: tuple[str, ...]
     hints: tuple[str, str]
-    run: Callable[[Namespace], Tensors]
-    expected: Callable[[], Tensors]
+    run: Callable[[Namespace], Outcome]
+    expected: Callable[[], Outcome]
     checked_against: str
 
 
@@ -49,7 +50,7 @@ def backward_exercise(
     hint: str,
     more: str,
     tensors: Tensors,
-    forward: Callable[[Tensors], tuple[Array, Any]],
+    forward: Callable[[Tensors], tuple[Any, Any]],
     shown: tuple[str, ...] = (),
 ) -> Exercise:
     """An exercise for a backward, checked with finite differences.
@@ -61,7 +62,7 @@ def backward_exercise(
     out = np.asarray(forward(tensors)[0])
     dout = np.ones(()) if out.ndim == 0 else normal(*out.shape)  # of a loss it is 1, and not handed over
 
-    def run(names: Namespace) -> Tensors:
+    def run(names: Namespace) -> Outcome:
         handed = dout.copy()
         saved = forward(tensors)[1]
         result = names[name](saved) if dout.ndim == 0 else names[name](handed, saved)
@@ -86,7 +87,7 @@ def backward_exercise(
     return Exercise(name, topic, (name,), (*shown, forward_name), (hint, more), run, expected, against)
 
 
-def by_name(function: str, result: object, names: list[str]) -> Tensors:
+def by_name(function: str, result: object, names: list[str]) -> Outcome:
     """What a backward returned, as {name: gradient}. Raises UserError if that is not as many as there are names."""
     values = result if isinstance(result, tuple) else (result,)
     single = [value for value in values if not isinstance(value, dict)]
@@ -112,7 +113,7 @@ def reference_exercise(
     topic: str,
     hint: str,
     more: str,
-    run: Callable[[Namespace], Tensors],
+    run: Callable[[Namespace], Outcome],
     write: tuple[str, ...] = (),
     shown: tuple[str, ...] = (),
 ) -> Exercise:
@@ -142,19 +143,19 @@ def generators() -> list[np.random.Generator]:
 class FixedUniform:
     """Stands for a Generator: its "random" numbers are these, with the ends of [0, 1) among them."""
 
-    def random(self, size: object = None, dtype: type = np.float64) -> Array:
-        return np.resize([0.0, 0.15, 0.33, 0.38, 0.6, 0.82, 1 - 2**-53], () if size is None else size)  # type: ignore[arg-type]
+    def random(self, size: int | tuple[int, ...] = (), dtype: type = np.float64) -> Array:
+        return np.resize(np.array([0.0, 0.15, 0.33, 0.38, 0.6, 0.82, 1 - 2**-53]), size)
 
 
-def run_dropout(names: Namespace) -> Tensors:
+def run_dropout(names: Namespace) -> Outcome:
     x, dout = np.arange(1.0, 25).reshape(2, 4, 3), np.arange(24.0, 0, -1).reshape(2, 4, 3)
     out, saved = names["dropout_forward"](x, 0.3, generators())
     without, _ = names["dropout_forward"](x, 0.3, None)
     return {"out": out, "dx": names["dropout_backward"](dout, saved), "out (dropout off)": without}
 
 
-def run_clip(names: Namespace) -> Tensors:
-    found = {}
+def run_clip(names: Namespace) -> Outcome:
+    found: Outcome = {}
     for case, size in {"": 10.0, " (norm below max_norm)": 0.1, " (norm infinite)": np.inf}.items():
         grads = {"a": np.array([[0.3, -0.4], [0.2, size]]), "b": np.array([0.05, -0.06])}
         norm = names["clip_grad_norm"](grads, 2.0)
@@ -162,18 +163,18 @@ def run_clip(names: Namespace) -> Tensors:
     return found
 
 
-def run_adamw(names: Namespace) -> Tensors:
+def run_adamw(names: Namespace) -> Outcome:
     rng = np.random.default_rng(3)
     params = {"w.weight": rng.standard_normal((2, 3)), "gain.weight": rng.standard_normal(3), "w.bias": np.ones(2)}
     optimizer = names["AdamW"](params, eps=1e-2, weight_decay=0.5)
-    found = {}
+    found: Outcome = {}
     for step, lr in enumerate((0.1, 0.3, 0.2), 1):
         optimizer.step({name: rng.standard_normal(param.shape) for name, param in params.items()}, lr)
         found |= {f"{name} after step {step}": param.copy() for name, param in params.items()}
     return found
 
 
-def run_sample(names: Namespace) -> Tensors:
+def run_sample(names: Namespace) -> Outcome:
     logits = np.tile([1.0, 2.0, 0.5, 2.0, -np.inf, 1.5], (7, 1))
     logits[:, 0] = -np.inf  # the first and the last may not be drawn, whatever u is
     close = np.tile([1.0, 1.0 + 1e-9, 0.0], (7, 1))
@@ -189,8 +190,9 @@ def run_sample(names: Namespace) -> Tensors:
     return {f"tokens ({case})": names["sample"](x.copy(), t, k, FixedUniform()) for case, (x, t, k) in settings.items()}
 
 
-def run_kv_cache(names: Namespace) -> Tensors:
-    found, gpt_forward = {}, names["gpt_forward"]
+def run_kv_cache(names: Namespace) -> Outcome:
+    found: Outcome = {}
+    gpt_forward = names["gpt_forward"]
     for case, length in {"short prompt": 3, "prompt longer than the window": 8}.items():
         computed: list[int] = []
 

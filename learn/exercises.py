@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import tyro
@@ -31,7 +31,7 @@ import numpygpt
 from common.cli import parse, run_program
 from common.errors import UserError, shorten
 from common.files import write_new
-from learn.exercise_list import EXERCISES, Exercise, Namespace, Tensors
+from learn.exercise_list import EXERCISES, Exercise, Namespace, Outcome
 from learn.mistakes import MISTAKES
 
 PROGRAM = "python -m learn.exercises"
@@ -86,10 +86,6 @@ def learner_file(exercise: Exercise, source: Callable[[str], str] = source_of, e
     about = f"{exercise.topic}: write the body of {' and of '.join(exercise.write)}."
     commands = "".join(f"    {PROGRAM} {command} {exercise.name}\n" for command in ("check", "hint"))
     return f'"""{about[0].upper()}{about[1:]}\n\n{commands}"""\n\n{imports}\n\n\n' + "\n\n\n".join(parts) + "\n"
-
-
-def path_of(exercise: Exercise, folder: Path) -> Path:
-    return folder / f"{exercise.name}.py"
 
 
 def load(path: Path, exercise: Exercise) -> Namespace:
@@ -147,12 +143,12 @@ def same(a: np.ndarray, b: np.ndarray, tolerance: float = 1e-9) -> bool:
 
 
 @functools.cache
-def expected(exercise: Exercise) -> Tensors:
+def expected(exercise: Exercise) -> Outcome:
     return exercise.expected()
 
 
 @functools.cache
-def outcomes_of_mistakes(exercise: Exercise) -> dict[str, Tensors]:
+def outcomes_of_mistakes(exercise: Exercise) -> dict[str, Outcome]:
     """What comes out of each known mistake in this exercise's functions."""
     outcomes = {}
     for function in exercise.write:
@@ -167,7 +163,7 @@ def outcomes_of_mistakes(exercise: Exercise) -> dict[str, Tensors]:
     return outcomes
 
 
-def why_wrong(exercise: Exercise, name: str, came: Tensors) -> str | None:
+def why_wrong(exercise: Exercise, name: str, came: Outcome) -> str | None:
     """One line that says what is wrong with a tensor of all that came out; None if it is right."""
     array, right = came[name], np.asarray(expected(exercise)[name])
     if not isinstance(array, (np.ndarray, np.number, float, int)):
@@ -203,81 +199,44 @@ def why_wrong(exercise: Exercise, name: str, came: Tensors) -> str | None:
 # ---------------------------------------------------------------------------------------------------------------------
 # The command line
 
-Name = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="NAME")]
-
 
 @dataclass(frozen=True)
-class List:
-    """List the exercises: what the program does when nothing is said."""
+class Options:
+    """Write the GPT's functions yourself."""
 
-
-@dataclass(frozen=True)
-class Start:
-    """Write the file of an exercise, to be filled in. A file that exists is left alone."""
-
-    name: Name
+    command: tyro.conf.Positional[Literal["list", "start", "check", "hint", "solution"]] = "list"
+    """what to do"""
+    name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="NAME")] = ""
     """the exercise"""
     dir: Path = Path("exercises")
-    """the folder for it"""
-
-
-@dataclass(frozen=True)
-class Check:
-    """Check the file of an exercise: exit status 0 if all is right."""
-
-    name: Name
-    """the exercise"""
-    dir: Path = Path("exercises")
-    """the folder that it is in"""
-
-
-@dataclass(frozen=True)
-class Hint:
-    """A hint."""
-
-    name: Name
-    """the exercise"""
-    level: int = 1
-    """1: a small hint; 2: nearly everything"""
-
-
-@dataclass(frozen=True)
-class Solution:
-    """Show numpygpt.py's own lines."""
-
-    name: Name
-    """the exercise"""
-
-
-def find(name: str) -> Exercise:
-    if name not in EXERCISES:
-        raise UserError(f"no exercise {shorten(name)}; there are {', '.join(EXERCISES)}")
-    return EXERCISES[name]
+    """the folder of your files"""
+    level: Literal[1, 2] = 1
+    """of a hint: 1 for a small one, 2 for nearly everything"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    command = parse(List | Start | Check | Hint | Solution, PROGRAM, argv, default=List())
-    if isinstance(command, List):
+    options = parse(Options, PROGRAM, argv)
+    if options.command == "list":
         for number, exercise in enumerate(EXERCISES.values(), 1):
             print(f"{number:2}  {exercise.name:40}{exercise.topic}")
         print(f"\n{PROGRAM} start NAME, then check NAME; hint NAME and solution NAME help")
         return 0
-    exercise = find(command.name)
-    if isinstance(command, Start):
-        path = path_of(exercise, command.dir)
+    if options.name not in EXERCISES:
+        raise UserError(f"no exercise {shorten(options.name)}; there are {', '.join(EXERCISES)}")
+    exercise = EXERCISES[options.name]
+    path = options.dir / f"{exercise.name}.py"
+    if options.command == "check":
+        return check(exercise, path)
+    if options.command == "start":
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             write_new(path, learner_file(exercise).encode())
         except FileExistsError:
             raise UserError(f"{path} exists already; check it, or delete it to start again") from None
         print(f"{path} is yours to fill in; then {PROGRAM} check {exercise.name}")
-    elif isinstance(command, Check):
-        return check(exercise, path_of(exercise, command.dir))
-    elif isinstance(command, Hint):
-        if command.level not in (1, 2):
-            raise UserError(f"--level must be 1 or 2, got {command.level}")
-        print(exercise.hints[command.level - 1])
+    elif options.command == "hint":
+        print(exercise.hints[options.level - 1])
     else:
         print("\n\n".join(split(source_of(name))[1] for name in exercise.write))
     return 0
@@ -290,9 +249,12 @@ def check(exercise: Exercise, path: Path) -> int:
         came = exercise.run(names)
     found = {name: why_wrong(exercise, name, came) for name in expected(exercise)}
     print(f"{exercise.name}, checked against {exercise.checked_against}:")
-    for verdict in dict.fromkeys(found.values()):
+    kinds = list(dict.fromkeys(found.values()))  # tensors of which the same is to be said are named together
+    for verdict in kinds[:5]:
         tensors = ", ".join(name for name in found if found[name] == verdict)
         print(f"  right  {tensors}" if verdict is None else f"  WRONG  {tensors}\n         {verdict}")
+    if len(kinds) > 5:
+        print(f"  and {sum(found[name] in kinds[5:] for name in found)} more")
     if any(found.values()):
         print(f"Stuck? {PROGRAM} hint {exercise.name}")
         return 1

@@ -9,6 +9,7 @@
     gradients.png         the size of the gradient in every tensor, for one batch, before training and after
     first_steps.png       the size of the gradient in every tensor over the first updates of training, made once more
     grad_norm.png         the norm of the whole gradient over the steps of training
+    newton_schulz.png     what each of Muon's five steps makes of the singular values of one gradient
     probabilities.png     what the model expects next, along the prompt, and how surprised it is
     sampling.png          what temperature and top-k do to the distribution after the prompt
     embedding.png         the rows of wte.weight, projected to two dimensions
@@ -22,7 +23,7 @@ import io
 import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,9 +43,10 @@ from data.corpus import Corpus, load_corpus
 from data.text import normalize_text
 from data.tokenizers import Tokenizer
 from learn.trace import Trace, trace_numpy
-from numpygpt import GPT, AdamW, GPTConfig, Params, clip_grad_norm
+from numpygpt import GPT, GPTConfig, Params, clip_grad_norm
 from sample import load_for_sampling
-from training.batches import Batches, step_rng
+from train_numpy import NumpyEngine
+from training.batches import Batches
 from training.config import TrainConfig, learning_rate
 from training.metrics import read_metrics
 from training.run import METRICS, NO_CORPUS, RunConfig, read_config
@@ -121,7 +123,9 @@ def load_subject(run: Path, prompt: str | None) -> Subject:
     left_out = {}
     if corpus is None or was_imported(settings):
         why = "its weights were imported" if was_imported(settings) else f"{settings.training.data} has changed since"
-        left_out = dict.fromkeys(("gradients", "first_steps"), f"the run's beginning cannot be made again: {why}")
+        left_out = dict.fromkeys(
+            ("gradients", "first_steps", "newton_schulz"), f"the run's beginning cannot be made again: {why}"
+        )
     if not any("grad_norm" in line for line in metrics):
         left_out["grad_norm"] = f"{METRICS} has no gradients yet"
     return Subject(config, weights, tokenizer, settings.training, metrics, train_tokens, ids, trace, left_out)
@@ -366,17 +370,15 @@ def first_norms(subject: Subject) -> dict[str, list[float]]:
     config, training = subject.config, subject.training
     batch_size = min(training.batch_size, MAX_BATCH)
     batches = Batches(subject.train_tokens, config.block_size, batch_size, training.seed)
-    model = GPT(config, seed=training.seed)
-    optimizer = AdamW(model.params, betas=(training.beta1, training.beta2), weight_decay=training.weight_decay)
-    affordable = int(MAX_WORK / (model.num_params() * batch_size * config.block_size))
-    norms: dict[str, list[float]] = {name: [] for name in model.params}
+    engine = NumpyEngine(config, replace(training, dtype="float32"), threads=1)
+    affordable = int(MAX_WORK / (engine.num_params() * batch_size * config.block_size))
+    norms: dict[str, list[float]] = {name: [] for name in engine.gpt.params}
     for step in range(min(training.max_steps, max(MIN_STEPS, min(FIRST_STEPS, affordable)))):
-        rng = step_rng(training.seed, step, "dropout") if config.dropout else None
-        _, grads = model.loss_and_grads(*batches.at(step), rng=rng)
+        _, grads = engine.loss_and_grads(step, [batches.at(step)])
         for name, grad in grads.items():
             norms[name].append(float(np.linalg.norm(grad)))
-        clip_grad_norm(grads, training.grad_clip or math.inf)
-        optimizer.step(grads, learning_rate(step, training))
+        clip_grad_norm(grads, engine.grad_clip)
+        engine.update(grads, learning_rate(step, training))
     return norms
 
 
@@ -424,6 +426,38 @@ def draw_grad_norm(subject: Subject) -> "Figure":
     axes.set_ylabel("norm of the gradient")
     axes.legend()
     axes.grid(alpha=0.3)
+    return figure
+
+
+def draw_newton_schulz(subject: Subject) -> "Figure":
+    """Muon's five steps. Left: what they make of any singular value. Right: of those of one matrix's gradient."""
+    from matplotlib import colormaps
+
+    config, training = subject.config, subject.training
+    batch_size = min(training.batch_size, MAX_BATCH)
+    batch = Batches(subject.train_tokens, config.block_size, batch_size, training.seed).at(0)
+    name = "h.0.mlp.c_fc.weight"
+    grad = GPT(config, subject.weights).loss_and_grads(*batch)[1][name]
+    s = np.geomspace(1e-4, 1, 500)
+    pairs = np.zeros((len(s), 2, 2))  # of norm 1, so that s stays s when orthogonalize divides by the norm
+    pairs[:, 0, 0], pairs[:, 1, 1] = s, np.sqrt(1 - s**2)
+    figure = new_figure(10, 4.2)
+    left, right = figure.subplots(1, 2, sharey=True)
+    for steps in range(6):
+        color, label = colormaps["viridis"](steps / 5.5), str(steps)
+        left.loglog(s, numpygpt.orthogonalize(pairs, steps)[:, 0, 0], color=color, label=label)
+        singular_values = np.linalg.svd(numpygpt.orthogonalize(grad, steps), compute_uv=False)
+        right.plot(np.arange(1, len(singular_values) + 1), singular_values, ".-", color=color, label=label)
+    left.set_ylim(1e-4, 2)
+    left.set_xlabel("a singular value, divided by the norm of the matrix")
+    left.set_ylabel("what it becomes")
+    right.set_xlabel("the singular values, from the largest to the smallest")
+    left.set_title("any matrix", fontsize=11)
+    right.set_title(f"the gradient of {name}", fontsize=11)
+    right.legend(title="steps", fontsize=9)
+    for axes in (left, right):
+        axes.axhline(1, color="0.5", linewidth=0.8, linestyle="--")
+        axes.grid(alpha=0.3)
     return figure
 
 
@@ -573,6 +607,7 @@ PICTURES: dict[str, Callable[[Subject], "Figure"]] = {
     "gradients": draw_gradients,
     "first_steps": draw_first_steps,
     "grad_norm": draw_grad_norm,
+    "newton_schulz": draw_newton_schulz,
     "probabilities": draw_probabilities,
     "sampling": draw_sampling,
     "embedding": draw_embedding,

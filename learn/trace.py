@@ -26,7 +26,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 from unittest import mock
 
 from common.startup import prepare_imports
@@ -41,14 +41,14 @@ import numpygpt
 from common.cli import parse, run_program
 from common.errors import UserError
 from data.text import normalize_text
-from data.tokenizers import CharTokenizer
+from data.tokenizers import CharTokenizer, Tokenizer
 from numpygpt import GPTConfig, Params
 from training.run import load_run
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-SIZES = {"n_layer": 2, "n_head": 2, "n_embd": 4}  # of the model without a run
+SIZES: dict[str, Any] = {"n_layer": 2, "n_head": 2, "n_embd": 4}  # of the model without a run
 TOKEN, SHOWN = 3, 5  # which token's numbers are printed, and how many
 
 Arrays = dict[str, np.ndarray]
@@ -261,9 +261,7 @@ def trace_torch(config: GPTConfig, weights: Params, idx: np.ndarray, targets: np
 
         attention = ""
 
-        def __torch_function__(
-            self, func: object, types: object, args: tuple = (), kwargs: dict | None = None
-        ) -> object:
+        def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
             kwargs = kwargs or {}
             result = func(*args, **kwargs)
             if func.__name__ in ("linear", "layer_norm"):
@@ -285,7 +283,7 @@ def trace_torch(config: GPTConfig, weights: Params, idx: np.ndarray, targets: np
         _, loss = model(torch.from_numpy(idx), torch.from_numpy(targets))
     trace.forward["loss"] = loss.detach().numpy()
     loss.backward()
-    trace.grads.update({name: param.grad.numpy() for name, param in model.named_parameters()})
+    trace.grads.update({name: param.grad.numpy() for name, param in model.named_parameters() if param.grad is not None})
     return trace
 
 
@@ -316,8 +314,8 @@ def table(numpy_trace: Trace, torch_trace: Trace, config: GPTConfig) -> Iterator
         "backward": (backward, numpy_trace.backward, torch_trace.backward),
         "gradients of the parameters": (list(numpy_trace.grads), numpy_trace.grads, torch_trace.grads),
     }
-    lines = [("tensor", "shape", "  numbers", "apart by")]
-    apart = {}
+    lines: list[tuple[str, ...]] = [("tensor", "shape", "  numbers", "apart by")]
+    apart: dict[str, float] = {}
     for part, (part_names, numpy_arrays, torch_arrays) in parts.items():
         lines += [(), (part,)]
         for name in part_names:
@@ -328,7 +326,7 @@ def table(numpy_trace: Trace, torch_trace: Trace, config: GPTConfig) -> Iterator
     widths = [max(map(len, column)) + 2 for column in zip(*(line for line in lines if len(line) > 1), strict=True)]
     for line in lines:
         yield "".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=False)).rstrip()
-    worst = max(apart, key=apart.get)
+    worst = max(apart, key=apart.__getitem__)
     yield ""
     yield f"{len(apart)} tensors, none of which is further apart than {worst}: {apart[worst]:.1e}"
 
@@ -341,8 +339,8 @@ def example(options: Options) -> tuple[GPTConfig, Params, np.ndarray]:
     if len(text) < 2:
         raise UserError(f"text must have at least two tokens, got {text!r}")
     if options.run is None:
-        tokenizer = CharTokenizer.from_text(text)
-        config = GPTConfig(tokenizer.vocab_size, len(text) - 1, **SIZES, dropout=0.0)
+        tokenizer: Tokenizer = CharTokenizer.from_text(text)
+        config = GPTConfig(tokenizer.vocab_size, len(text) - 1, dropout=0.0, **SIZES)
         weights = numpygpt.init_params(config, options.seed, np.float64)
     else:
         config, weights, tokenizer = load_run(options.run)
@@ -357,8 +355,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse(Options, "python -m learn.trace", argv)
     config, weights, ids = example(options)
     idx, targets = ids[None, :-1], ids[None, 1:]
-    traces = [trace(config, weights, idx, targets) for trace in (trace_numpy, trace_torch)]
-    for line in table(*traces, config):
+    numpy_trace, torch_trace = (trace(config, weights, idx, targets) for trace in (trace_numpy, trace_torch))
+    for line in table(numpy_trace, torch_trace, config):
         print(line)
     return 0
 

@@ -16,15 +16,16 @@ code.
 import json
 import re
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from common.errors import UserError, shorten
 from common.files import new_file, read_json, write_new
 from common.tensors import DTYPES, Stored, open_tensors, write_tensors
+from data.bpe import BPETokenizer
 from data.gpt2_bpe import END_OF_TEXT
 from data.tokenizers import Tokenizer
 from numpygpt import GPTConfig, Params, param_shapes
@@ -180,7 +181,7 @@ def read_hf_config(path: Path) -> tuple[GPTConfig, list[str]]:
     return config, notes
 
 
-def sized(path: Path, vocab_size: int, block_size: int, **sizes: object) -> GPTConfig:
+def sized(path: Path, vocab_size: int, block_size: int, **sizes: Any) -> GPTConfig:
     """The GPTConfig with sizes from a file. Raises UserError that names the file."""
     try:
         config = GPTConfig(vocab_size, block_size, **sizes)
@@ -263,7 +264,7 @@ def write_hf(folder: Path, config: GPTConfig, params: Params, tokenizer: Tokeniz
     if not config.bias:
         model["bias"] = False
     # A text is at most the window: Hugging Face does not move it. Ids that stand for no token are never drawn here.
-    generation = {"max_length": config.block_size, "bos_token_id": end, "eos_token_id": end}
+    generation: dict[str, Any] = {"max_length": config.block_size, "bos_token_id": end, "eos_token_id": end}
     if tokenizer.vocab_size < config.vocab_size:
         generation["suppress_tokens"] = list(range(tokenizer.vocab_size, config.vocab_size))
     ends = {} if end is None else {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
@@ -279,8 +280,8 @@ def write_hf(folder: Path, config: GPTConfig, params: Params, tokenizer: Tokeniz
         TOKENIZER: to_hf(tokenizer),
         TOKENIZER_CONFIG: tokens,
     }
-    for file, content in files.items():
-        write_new(folder / file, json.dumps(content, indent=2, ensure_ascii=False).encode())
+    for name, content in files.items():
+        write_new(folder / name, json.dumps(content, indent=2, ensure_ascii=False).encode())
 
     tensors = {}
     for name, shape in param_shapes(GPTConfig(**asdict(config) | {"bias": True})).items():
@@ -292,6 +293,6 @@ def write_hf(folder: Path, config: GPTConfig, params: Params, tokenizer: Tokeniz
 
 def token_id(tokenizer: Tokenizer, special_token: str) -> int | None:
     """The id of a special token, or None if there is no such token."""
-    with suppress(AttributeError, ValueError):  # characters have none at all
+    if isinstance(tokenizer, BPETokenizer) and special_token in tokenizer.special_tokens:  # characters have none at all
         return 256 + len(tokenizer.merges) + tokenizer.special_tokens.index(special_token)
     return None

@@ -10,16 +10,20 @@ from collections.abc import Collection
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from common.errors import UserError
+from common.errors import UserError, shorten
 from data.bpe import cut
+from data.corpus import Corpus
 from data.tokenizers import Tokenizer
+from training.config import TrainConfig
 
 STREAMS = ("epoch", "estimate", "dropout", "sample")  # an order is part of the addresses: append only
 
-Batch = tuple[np.ndarray, np.ndarray]  # idx and targets, each (B, T) int64; targets are idx one token further on
+# idx and targets, each (B, T) integers, the targets one token further on: NumPy's arrays, or an engine's own.
+Batch = tuple[Any, Any]
 
 
 def step_rng(seed: int, step: int, stream: str) -> np.random.Generator:
@@ -89,7 +93,8 @@ def gather(tokens: np.ndarray, starts: np.ndarray, T: int) -> Batch:
 def split(batch: Batch, parts: int) -> list[Batch]:
     """A batch as `parts` micro-batches whose sizes differ by at most one. parts is at most B."""
     edges = [len(batch[0]) * part // parts for part in range(parts + 1)]
-    return [tuple(ids[first:last] for ids in batch) for first, last in pairwise(edges)]
+    idx, targets = batch
+    return [(idx[first:last], targets[first:last]) for first, last in pairwise(edges)]
 
 
 def encode(tokenizer: Tokenizer, text: str, folder: Path, start: int, special: Collection[str]) -> np.ndarray:
@@ -110,3 +115,24 @@ def encode(tokenizer: Tokenizer, text: str, folder: Path, start: int, special: C
             start += len(piece)
         file.flush()
         return np.memmap(file, np.int32, mode="r") if file.tell() else np.empty(0, np.int32)
+
+
+def special_tokens(tokenizer: Tokenizer, training: TrainConfig, corpus: Corpus) -> tuple[str, ...]:
+    """The special tokens that are to be read in the text. If there are any, and they are not: say so. Raises UserError.
+
+    Texts are cut at white space before they are encoded, so a special token that holds some could be cut in two.
+    """
+    if training.special_tokens:
+        if not tokenizer.special_tokens:
+            raise UserError(f"the tokenizer {training.tokenizer} has no special tokens: leave out --special-tokens")
+        for token in tokenizer.special_tokens:
+            if len(token.split()) > 1 or token != token.strip():
+                raise UserError(f"special token {shorten(token)} holds white space: it cannot be read in a text")
+        return tokenizer.special_tokens
+    for token in tokenizer.special_tokens:
+        if times := corpus.text.count(token):
+            print(
+                f"{corpus.name} holds {shorten(token)} {times:,} time{'s' * (times > 1)}, learned as ordinary text: "
+                "--special-tokens would read it as the special token"
+            )
+    return ()

@@ -18,6 +18,7 @@ from numpygpt import GPTConfig
 MAX_SIZE = 1 << 20  # of a model in any direction, and of a batch: no machine has room for more
 MAX_LAYERS = 1 << 12
 MAX_PARAMS = 1 << 40
+PresetName = Literal["tiny", "small", "full", "gpt2"]
 DTYPES = ("auto", "float32", "bfloat16", "float64")
 
 
@@ -75,7 +76,10 @@ class TrainConfig:
     special_tokens: bool = False  # where the text holds a special token, as <|endoftext|>, read it as that token
     decay_steps: int | None = None  # the step at which the rate arrives at min_lr; None: max_steps
     grad_accum: int = 1  # micro-batches an update is computed in: less memory, same result
-    weight_decay: float = 0.1  # decoupled decay of matrices; biases and gains have none
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices inside blocks, and AdamW for all others
+    muon_learning_rate: float = 0.02  # Muon's peak rate; it rises and falls in proportion to learning_rate, AdamW's
+    muon_weight_decay: float = 0.1  # Muon's decoupled decay
+    weight_decay: float = 0.1  # AdamW's decoupled decay of matrices; biases and gains have none
     beta1: float = 0.9  # AdamW's memory of the gradient
     beta2: float = 0.99  # AdamW's memory of the gradient's square
     grad_clip: float = 1.0  # largest global norm of the gradient; 0: off
@@ -102,12 +106,23 @@ class TrainConfig:
                 )
         if self.eval_tokens is not None:
             check_integer(self, "eval_tokens", at_least=2)
-        for name in ("learning_rate", "min_lr", "weight_decay", "grad_clip"):
+        for name in (
+            "learning_rate",
+            "min_lr",
+            "muon_learning_rate",
+            "muon_weight_decay",
+            "weight_decay",
+            "grad_clip",
+        ):
             object.__setattr__(self, name, as_number(self, name))
         for name in ("beta1", "beta2"):
             object.__setattr__(self, name, as_number(self, name, below=1))
         if self.min_lr > self.learning_rate:
             raise ValueError(f"min_lr must be at most learning_rate {self.learning_rate}, got {self.min_lr}")
+        if self.optimizer not in ("adamw", "muon"):
+            raise ValueError(f"optimizer must be adamw or muon, got {shorten(self.optimizer)}")
+        if self.optimizer == "muon" and self.learning_rate == 0:
+            raise ValueError("learning_rate must be above 0, as the rate of muon follows it in proportion")
         if self.grad_accum > self.batch_size:
             raise ValueError(f"grad_accum must be at most batch_size {self.batch_size}, got {self.grad_accum}")
         for name in ("data", "tokenizer"):
@@ -125,7 +140,7 @@ class RunFlags:
     """Where the run is kept, and how it is computed."""
 
     # where the other defaults come from: tiny (seconds), small (minutes on a CPU), full (a GPU), gpt2 (a large GPU)
-    preset: Literal["tiny", "small", "full", "gpt2"]
+    preset: PresetName
     run_dir: str | None = None  # folder to keep the run in; None: runs/<engine>-<preset>
     overwrite: bool = False  # replace the run that is in the folder
     resume: str | None = None  # resume the run in this folder; its configuration replaces the preset
@@ -160,14 +175,14 @@ class RunConfig:
     """What config.json holds. Raises ValueError that names the field."""
 
     engine: str  # numpy or torch, whichever trained last
-    preset: str
+    preset: PresetName
     corpus_sha256: str  # or NO_CORPUS
     model: GPTConfig
     training: TrainConfig
     changes: list[dict]  # one for each resumption that changed something: {"step": 200, "max_steps": [200, 400]}
 
     def __post_init__(self) -> None:
-        RunFlags(preset=self.preset)  # type: ignore[arg-type]  # which checks it
+        RunFlags(preset=self.preset)  # which checks it
         if self.engine not in ("numpy", "torch"):
             raise ValueError(f"engine must be numpy or torch, got {shorten(self.engine)}")
         if type(self.corpus_sha256) is not str:
@@ -280,3 +295,8 @@ def learning_rate(step: int, config: TrainConfig) -> float:
         return config.min_lr
     progress = (step - config.warmup_steps) / (decay_steps - config.warmup_steps)
     return config.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (config.learning_rate - config.min_lr)
+
+
+def muon_learning_rate(lr: float, config: TrainConfig) -> float:
+    """Muon's rate where AdamW's is lr: they have the same schedule, each with its own peak."""
+    return lr * (config.muon_learning_rate / config.learning_rate)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import UserError
-from numpygpt import GPTConfig, param_shapes
+from numpygpt import GPTConfig, is_for_muon, param_shapes
 from training.config import TrainConfig
 
 # Where Linux keeps the limit of a container: in its control groups of version 2, or 1.
@@ -38,7 +38,12 @@ def memory_needed(model: GPTConfig, training: TrainConfig, use: MemoryUse) -> fl
     """Bytes that each of the processes which train one model needs at least."""
     number = 8 if training.dtype == "float64" else 4
     activation = 2 if training.dtype == "bfloat16" else number
-    state = 4 * sum(math.prod(shape) for shape in param_shapes(model).values())  # weights, gradients, both moments
+    muon = training.optimizer == "muon"
+    # Weights, gradients and both moments; Muon has only one.
+    state = sum(
+        (3 if muon and is_for_muon(name, len(shape)) else 4) * math.prod(shape)
+        for name, shape in param_shapes(model).items()
+    )
     rows = -(-training.batch_size // (training.grad_accum * use.processes)) * model.block_size
     # What the backward pass needs of each block: some 16 arrays of C channels; and three of the logits' size.
     block = 16 * model.n_embd + use.scores_kept * model.n_head * model.block_size

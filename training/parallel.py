@@ -15,9 +15,9 @@ from typing import TypeVar
 
 import numpy as np
 
-from numpygpt import GPT, Generator, Generators, Params, rng_per_sequence
+from numpygpt import GPT, Generator, Generators, Muon, Params, rng_per_sequence
 
-__all__ = ["add_grads", "loss_and_grads_in_parts", "loss_in_parts", "tune_process"]
+__all__ = ["MuonInParts", "add_grads", "loss_and_grads_in_parts", "loss_in_parts", "tune_process"]
 
 Result = TypeVar("Result")
 
@@ -72,6 +72,29 @@ def loss_in_parts(gpt: GPT, idx: np.ndarray, targets: np.ndarray, *, threads: in
         return float(loss) * targets[part].size
 
     return sum(run_in_parts(loss_sum, len(idx), threads)) / targets.size
+
+
+class MuonInParts:
+    """numpygpt's Muon by `threads` threads, each of which has matrices of its own. The updates are the same bits."""
+
+    def __init__(self, params: Params, *, weight_decay: float, threads: int = 1) -> None:
+        names = sorted(params, key=lambda name: params[name].shape)  # so that each thread gets as many of every shape
+        parts = [names[i::threads] for i in range(min(threads, len(names)))]
+        self.parts = [Muon({name: params[name] for name in part}, weight_decay=weight_decay) for part in parts]
+
+    @property
+    def m(self) -> Params:
+        """The momentum of all matrices."""
+        return {name: m for muon in self.parts for name, m in muon.m.items()}
+
+    def step(self, grads: Params, lr: float) -> None:
+        """Muon.step. grads may have more than the matrices' gradients."""
+
+        def step_part(part: slice) -> None:
+            for muon in self.parts[part]:
+                muon.step({name: grads[name] for name in muon.params}, lr)
+
+        run_in_parts(step_part, len(self.parts), len(self.parts))
 
 
 def add_grads(grads: Params, others: Params) -> Params:

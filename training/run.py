@@ -25,8 +25,8 @@ from common.errors import UserError, shorten
 from common.files import build, read_json, write_atomically
 from data.corpus import Corpus, load_corpus
 from data.tokenizers import Tokenizer, get_tokenizer, load, save
-from numpygpt import GPTConfig, Params
-from training.batches import Batches, encode
+from numpygpt import GPTConfig, Params, is_for_muon, param_shapes
+from training.batches import Batches, encode, special_tokens
 from training.checkpoint import TOKENIZER, Checkpoint, State, load_checkpoint, load_weights, save_tensors
 from training.config import NO_CORPUS, Flags, ModelFlags, RunConfig, TrainConfig, eval_due
 from training.lock import LOCK, Lock, locked
@@ -38,7 +38,7 @@ LAST, BEST = "last.safetensors", "best.safetensors"
 FILES = {CONFIG, METRICS, PICTURE, LAST, BEST}  # what makes a folder a run
 LEFTOVER = re.compile(r"\.(config\.json|tokenizer\.json|metrics\.jsonl|loss\.png|(last|best)\.safetensors)\.\w{8}\.new")
 # What a resumed run cannot change, besides the model: with another eval_tokens no two losses could be compared.
-FIXED = ("seed", "batch_size", "tokenizer", "bpe_vocab_size", "special_tokens", "eval_tokens")
+FIXED = ("seed", "batch_size", "optimizer", "tokenizer", "bpe_vocab_size", "special_tokens", "eval_tokens")
 
 
 @dataclass(frozen=True)
@@ -135,8 +135,8 @@ def resume_run(folder: Path, flags: Flags, engine: str, memory: MemoryUse | None
         save_tensors(folder / BEST, checkpoint.snapshot.weights, state, model)
     write_metrics(folder / METRICS, metrics)
     if changes:
-        changes = [*config.changes, {"step": state.step} | changes]
-        write_config(folder, RunConfig(engine, config.preset, corpus.sha256, model, training, changes))
+        history = [*config.changes, {"step": state.step} | changes]
+        write_config(folder, RunConfig(engine, config.preset, corpus.sha256, model, training, history))
     missed = eval_due(state.step, training) and not evaluated
     return dataclasses.replace(run, checkpoint=checkpoint, missed_evaluation=missed, lock=lock)
 
@@ -151,7 +151,7 @@ def find_changes(
     begins = config.corpus_sha256 == NO_CORPUS
     for name, (old, new) in changes.items():
         precision = name == "dtype" and "float64" in (old, new)  # bfloat16 and float32 keep the same weights
-        fixed = name in FIXED and not (begins and name in ("seed", "batch_size", "eval_tokens"))
+        fixed = name in FIXED and not (begins and name in ("seed", "batch_size", "optimizer", "eval_tokens"))
         if precision or fixed or (name in asdict(model) and name != "dropout"):
             raise UserError(f"{name} of a run cannot be changed: {folder} has {shorten(old)}, not {shorten(new)}")
     return changes
@@ -163,7 +163,10 @@ def load_last(folder: Path, model: GPTConfig, training: TrainConfig) -> Checkpoi
         if os.path.lexists(folder / BEST):
             raise UserError(f"{folder} has {BEST}, but the checkpoint to resume from, {LAST}, is missing")
         return None
-    checkpoint = load_checkpoint(folder / LAST, model, np.float64 if training.dtype == "float64" else np.float32)
+    muon = training.optimizer == "muon"
+    without_v = [name for name, shape in param_shapes(model).items() if muon and is_for_muon(name, len(shape))]
+    dtype = np.float64 if training.dtype == "float64" else np.float32
+    checkpoint = load_checkpoint(folder / LAST, model, dtype, without_v)
     if checkpoint.state.step > training.max_steps:
         raise UserError(f"max_steps must be at least the {checkpoint.state.step} steps that {folder} has made")
     return checkpoint
@@ -194,34 +197,12 @@ def assemble(
         )
     batches = Batches(train_tokens, model.block_size, training.batch_size, training.seed)
     eval_tokens = val_tokens[: training.eval_tokens]
-    whole = len(eval_tokens) == len(val_tokens)
-    eval_text_chars = len(corpus.val_text) if whole else len(tokenizer.decode(eval_tokens))
-    eval_chars = max(1, eval_text_chars - len(tokenizer.decode(eval_tokens[:1])))
+    eval_text = corpus.val_text if len(eval_tokens) == len(val_tokens) else tokenizer.decode(eval_tokens)
+    eval_chars = max(1, len(eval_text) - len(tokenizer.decode(eval_tokens[:1])))  # half a character counts as one
     baselines = {"bigram": bigram_loss(train_tokens, eval_tokens, tokenizer.vocab_size)}
     if corpus.entropy_per_char is not None:
         baselines["entropy"] = corpus.entropy_per_char * eval_chars / (len(eval_tokens) - 1)
     return Run(folder, engine, model, training, tokenizer, batches, val_tokens, eval_tokens, eval_chars, baselines)
-
-
-def special_tokens(tokenizer: Tokenizer, training: TrainConfig, corpus: Corpus) -> tuple[str, ...]:
-    """The special tokens that are to be read in the text. If there are any, and they are not: say so. Raises UserError.
-
-    Texts are cut at white space before they are encoded, so a special token that holds some could be cut in two.
-    """
-    if training.special_tokens:
-        if not tokenizer.special_tokens:
-            raise UserError(f"the tokenizer {training.tokenizer} has no special tokens: leave out --special-tokens")
-        for token in tokenizer.special_tokens:
-            if len(token.split()) > 1 or token != token.strip():
-                raise UserError(f"special token {shorten(token)} holds white space: it cannot be read in a text")
-        return tokenizer.special_tokens
-    for token in tokenizer.special_tokens:
-        if times := corpus.text.count(token):
-            print(
-                f"{corpus.name} holds {shorten(token)} {times:,} time{'s' * (times > 1)}, learned as ordinary text: "
-                "--special-tokens would read it as the special token"
-            )
-    return ()
 
 
 def load_run(run: Path) -> tuple[GPTConfig, Params, Tokenizer]:
@@ -247,10 +228,7 @@ def read_config(folder: Path) -> RunConfig:
     if folder.is_dir() and not os.path.lexists(path):
         raise UserError(f"{folder} is not a run: it has no {CONFIG}")
     if is_old(folder):
-        raise UserError(
-            f"{folder} was made by version 0.1.0, whose checkpoints were folders, and cannot be read any more: train "
-            "again, or use that version"
-        )
+        raise UserError(f"{folder} was made by version 0.1.0, whose checkpoints cannot be read any more: train again")
     content = read_json(path, "the configuration of a run")
     if "model_type" in content:
         raise UserError(
@@ -268,6 +246,7 @@ def is_old(folder: Path) -> bool:
 
 
 def write_config(folder: Path, config: RunConfig) -> None:
+    """Put the config.json of a run in place. Raises OSError."""
     write_atomically(folder / CONFIG, json.dumps(asdict(config), indent=2).encode())
 
 

@@ -6,7 +6,7 @@ import platform
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -17,12 +17,14 @@ from training.flops import training_flops_per_token
 from training.memory import MemoryUse
 from training.run import Run
 
+Device = Literal["cpu", "cuda", "mps"]
+
 
 @dataclass(frozen=True)
 class DeviceFlags:
     """Where and how PyTorch computes. The defaults are those that suit the device; see `device_defaults`."""
 
-    device: Literal["cpu", "cuda", "mps"]  # by default a CUDA GPU if there is one, else Apple's, else the CPU
+    device: Device  # by default a CUDA GPU if there is one, else Apple's, else the CPU
     compile: bool = False  # torch.compile; elsewhere than on a CUDA GPU it may cost more than it gains
     pad_vocab: bool = False  # compute the head in a multiple of 64 columns, a width that tensor cores like
     graph: bool = False  # record a whole step as a CUDA graph and replay it: Python no longer holds up the GPU
@@ -43,11 +45,15 @@ def device_defaults(argv: Sequence[str] | None) -> DeviceFlags:
     first_look = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first_look.add_argument("--device", nargs="?")
     asked = first_look.parse_known_args(argv)[0].device
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    available: dict[Device, bool] = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
     there = [kind for kind in available if available[kind]]
     if asked in available and asked not in there:
         raise UserError(f"device {asked} is not available here: choose {' or '.join(there)}")
-    kind = asked if asked in available else there[0]
+    kind: Device = asked if asked in available else there[0]
     # Triton, which torch.compile needs on a GPU, is not made for Windows.
     return DeviceFlags(kind, compile=kind == "cuda" and platform.system() != "Windows", pad_vocab=kind == "cuda")
 
@@ -86,7 +92,8 @@ def configure_torch(flags: DeviceFlags, threads: int | None) -> None:
     if flags.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without which cuBLAS refuses
     torch.use_deterministic_algorithms(flags.deterministic)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads such memory
+    deterministic: Any = torch.utils.deterministic  # which has no type hints
+    deterministic.fill_uninitialized_memory = False  # nothing here reads such memory
 
 
 @contextmanager

@@ -20,14 +20,14 @@ class RecordedStep:
     """A step that is recorded when it is first called, and replayed from then on with new batches.
 
     step: runs one update, all of it on the device
-    optimizer: of the step; with capturable=True
-    others: the tensors that the step changes, besides the optimizer's and its parameters
+    optimizers: of the step; AdamW with capturable=True
+    others: the tensors that the step changes, besides the optimizers' and their parameters
 
     A call raises UserError if the step cannot be recorded.
     """
 
-    def __init__(self, step: Step, optimizer: torch.optim.Optimizer, others: Sequence[Tensor]) -> None:
-        self.step, self.optimizer, self.others = step, optimizer, others
+    def __init__(self, step: Step, optimizers: Sequence[torch.optim.Optimizer], others: Sequence[Tensor]) -> None:
+        self.step, self.optimizers, self.others = step, optimizers, others
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, *batch: Tensor) -> tuple[Tensor, Tensor]:
@@ -40,11 +40,13 @@ class RecordedStep:
         return self.outputs
 
     def moments(self) -> list[Tensor]:
-        return [tensor for state in self.optimizer.state.values() for tensor in state.values()]
+        states = [state for optimizer in self.optimizers for state in optimizer.state.values()]
+        return [tensor for state in states for tensor in state.values()]
 
     def record(self) -> torch.cuda.CUDAGraph:
         """Run the step a few times on the side, so that all is compiled and allocated; record it; undo it all."""
-        params = [param for group in self.optimizer.param_groups for param in group["params"]]
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        params = [param for group in groups for param in group["params"]]
         moments = self.moments()
         tensors = [*params, *self.others, *moments]
         before = [tensor.detach().clone() for tensor in tensors]

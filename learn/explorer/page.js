@@ -9,6 +9,8 @@ const TENSORS = Object.fromEntries(Object.entries(ENCODED).map(([name, { shape, 
 const text = (ids) => `“${ids.map((id) => DATA.tokens[id]).join("")}”`;
 const keyOf = (role, index) => `${role}[${index.join(", ")}]`;
 const placeOf = (index, shape) => index.reduce((place, i, axis) => place * shape[axis] + i, 0);
+const indexAt = (place, shape) =>
+  shape.map((n, axis) => Math.floor(place / shape.slice(axis + 1).reduce((a, b) => a * b, 1)) % n);
 const largestOf = (data) => data.reduce((max, x) => (Number.isFinite(x) ? Math.max(max, Math.abs(x)) : max), 0);
 
 /** A new element with these properties and children. */
@@ -149,8 +151,7 @@ function go(index) {
   $("give").replaceChildren(...step.give.filter((role) => step.has(role)).map(draw));
   $("code").replaceChildren(...step.code.map(codeOf));
   const { shape, data } = TENSORS[step.tensor(step.give[0])], largest = largestOf(data); // chosen at first
-  let place = data.findIndex((value) => Math.abs(value) === largest);
-  choose(step.give[0], shape.map((n) => [place % n, (place = Math.floor(place / n))][0]).reverse());
+  choose(step.give[0], indexAt(data.findIndex((value) => Math.abs(value) === largest), shape));
 }
 
 /** The lines of a place in numpygpt.py: of a step's first place the whole function, with the lines marked. */
@@ -198,7 +199,8 @@ function play(on) {
 
 const PARAMETERS = Object.keys(TENSORS).filter((name) => /\.(weight|bias)$/.test(name));
 let held = {}; // the weight, and what is true where it was before it moved
-let position = DATA.idx.length - 1; // of the token after which all probabilities are shown
+const trueProbs = DATA.targets.map((id, t) => TENSORS.probs.data[t * DATA.tokens.length + id]);
+let position = trueProbs.indexOf(Math.min(...trueProbs)); // after this token all probabilities are shown
 
 /** The model's answer if the held weight were `value`. */
 function answer(value) {

@@ -106,7 +106,7 @@ linear     attn.c_attn  linear_forward | attention_forward: qkv, qkv_saved
                         linear_backward | attention_backward: grads["c_attn.weight"]
 split      attn         attention_forward: qkv = qkv.reshape ... q, k, v =
                         attention_backward: dqkv = np.zeros ... dqkv = dqkv.reshape
-scores     attn         scaled_dot_product_attention_forward: scores = ... att = mask_future | mask_future
+scores     attn         scaled_dot_product_attention_forward: scores = ... att = np.where
                         scaled_dot_product_attention_backward: dscores = ... dk =
 softmax    attn         softmax_forward | scaled_dot_product_attention_forward: probs =
                         softmax_backward | scaled_dot_product_attention_backward: datt =

@@ -118,7 +118,7 @@ const KINDS = {
 
   scores: {
     names: ["q @ k.T, mask", "dq, dk"],
-    forward: pass("att = mask_future(q @ k.T / √hs)", "q k -> att", (s, role, [h, t, u]) => {
+    forward: pass("att = q @ k.T / √hs, and −∞ for the future", "q k -> att", (s, role, [h, t, u]) => {
       const terms = range(s.hs).map((j) => [s.ref("q", h, t, j), s.ref("k", h, u, j)]);
       const score = sum("query · key / √hs", terms, 1 / Math.sqrt(s.hs));
       return u <= t ? [score] : [score, line("masked", "the key is in the query's future", -Infinity)];

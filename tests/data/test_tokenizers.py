@@ -225,6 +225,42 @@ def test_training_equals_a_rescan_before_each_merge(text, num_merges):
     assert tokenizer.encode(text, use_tiktoken=False).tolist() == [one for ids in chunks for one in ids]
 
 
+@given(st.text(alphabet="ab", min_size=1, max_size=200) | packed, st.integers(0, 60))
+@settings(deadline=None)
+def test_a_long_chunk_is_merged_as_a_short_one(text, num_merges):
+    """In the worst texts, every occurrence of a pair overlaps another, or touches it."""
+    ranks = {pair: new_id for new_id, pair in enumerate(bpe.learn_merges({text: 2}, num_merges), start=256)}
+    for chunk in (text.encode(), text.encode()[::-1]):
+        assert bpe.merge_long(chunk, ranks) == bpe.merge_all(list(chunk), ranks)
+
+
+def dna(length):
+    """Letters without a space: one chunk, however long."""
+    return "".join(np.random.default_rng(1).choice(list("ACGT"), length))
+
+
+def test_long_chunks_are_learned_and_encoded_as_ever():
+    pytest.importorskip("tiktoken")
+    text = dna(3_000)
+    merges, chunks = rescan(text, 60)
+    assert bpe.learn_merges(bpe.count_chunks(text), 60) == merges
+    tokenizer = BPETokenizer(tuple(merges))
+    assert tokenizer.encode(text, use_tiktoken=False).tolist() == tokenizer.encode(text).tolist() == chunks[0]
+
+
+def test_a_long_chunk_is_not_read_again_for_each_merge(monkeypatch):
+    """A failure: a megabyte without spaces takes hours. 300 merges would read it 300 times; 4 times were seen."""
+    read, keys = [], bpe.Row.keys
+    monkeypatch.setattr(bpe.Row, "keys", lambda row, places: read.append(len(places)) or keys(row, places))
+    monkeypatch.setattr(bpe, "merge_all", None)
+    text = dna(20_000)
+    tokenizer = BPETokenizer(tuple(bpe.learn_merges({text: 1}, 300)))
+    assert sum(read) < 20 * len(text)
+    read.clear()
+    assert len(tokenizer.encode(text, use_tiktoken=False)) < len(text) / 3
+    assert sum(read) < 20 * len(text)
+
+
 def test_a_vocabulary_that_cannot_be_had_is_refused():
     for size, specials, fault in [
         (255, [], "a vocabulary of 255 is too small: .* at least 256"),
@@ -282,6 +318,13 @@ def test_texts_are_cut_where_they_can_be(monkeypatch):
     monkeypatch.setattr(bpe, "PIECE_CHARS", 4)
     assert list(bpe.cut("to be or not to be")) == ["to be", " or not", " to be"]
     assert list(bpe.cut("uninterrupted")) == ["uninterrupted"]
+
+
+def test_chunks_of_every_length_encode_alike(monkeypatch):
+    text = verse.write(3_000)
+    ids = VERSE.encode(text, use_tiktoken=False).tolist()
+    monkeypatch.setattr(bpe, "MAX_RESCANNED_BYTES", 0)
+    assert BPETokenizer(VERSE.merges).encode(text, use_tiktoken=False).tolist() == ids
 
 
 def test_words_seen_before_and_words_not_kept_encode_alike(monkeypatch):

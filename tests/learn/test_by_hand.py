@@ -82,7 +82,7 @@ def compute(params: Tensors) -> Tensors:
     qkv, qkv_saved = numpygpt.linear_forward(t["branch (ln_1)"], attn["c_attn.weight"], None)
     q, k, v = t["q"], t["k"], t["v"] = np.split(qkv, 3, axis=-1)
     t["scores"] = q @ k.swapaxes(-1, -2)
-    t["att"] = numpygpt.mask_future(t["scores"] / math.sqrt(3))
+    t["att"] = np.where(np.triu(np.ones((3, 3), bool), k=1), -np.inf, t["scores"] / math.sqrt(3))
     t["y"], sdpa_saved = numpygpt.scaled_dot_product_attention_forward(q[None], k[None], v[None])
     t["probs"] = sdpa_saved[3]
     t["branch (attn)"], proj_saved = numpygpt.linear_forward(t["y"][0], attn["c_proj.weight"], None)
@@ -142,7 +142,7 @@ def nudge(params: Tensors, grads: Tensors) -> Tensors:
     name, entry, step = NUDGED
     moved = {key: value.copy() for key, value in params.items()}
     moved[name][entry] += step
-    before, after = (float(GPT(CONFIG, p).forward(IDX, TARGETS)[1]) for p in (params, moved))
+    before, after = (float(GPT(CONFIG, p).loss_and_grads(IDX, TARGETS)[0]) for p in (params, moved))
     lines = {"loss before": before, "loss after": after, "change of the loss": after - before}
     return {key: np.array(value) for key, value in (lines | {"gradient * 0.0001": grads[name][entry] * step}).items()}
 
@@ -194,7 +194,7 @@ def wrong_calculations(page: str, tensors: Tensors) -> Iterator[str]:
     blocks = [block for kind, block in FENCE.findall(page) if kind == "" and "|" not in block]
     for line in "".join(blocks).splitlines():
         target, *terms, printed = re.split(" = |: +", line)
-        name, entry = re.fullmatch(r"(.*?)(?:\[(\d, \d)\])?", target).groups()
+        name, entry = re.findall(r"^(.*?)(?:\[(\d, \d)\])?$", target)[0]
         value = as_rows(tensors[name])[tuple(map(int, (entry or "0, 0").split(", ")))] if name in tensors else math.nan
         if rounded(value, printed) != printed:
             yield f"{line}: {rounded(value, printed)} is right"

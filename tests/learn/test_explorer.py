@@ -5,6 +5,8 @@ import functools
 import json
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -139,11 +141,7 @@ def test_every_number_is_explained(page: "sync_api.Page") -> None:
     steps = page.evaluate(
         """() => SEQUENCE.map(step => step.give.filter(role => step.has(role)).map(role => {
             const {shape, data} = TENSORS[step.tensor(role)];
-            const explained = Array.from(data, (_, place) => {
-                let rest = place;
-                const index = [...shape].reverse().map(n => { const i = rest % n; rest = (rest - i) / n; return i; });
-                return step.explain(step, role, index.reverse()).at(-1).value;
-            });
+            const explained = Array.from(data, (_, i) => step.explain(step, role, indexAt(i, shape)).at(-1).value);
             return [`${step.part} ${step.direction} ${role}`, [...data], explained];
         })).flat()"""
     )
@@ -237,10 +235,11 @@ def test_move_a_weight(page: "sync_api.Page", subject: Subject) -> None:
     probs = numpygpt.softmax_forward(logits[0])
     shown = [float(text) for text in page.locator("#targets .row > span:last-child").all_inner_texts()]
     np.testing.assert_allclose(shown, probs[np.arange(len(ids) - 1), ids[1:]], atol=5.1e-4)
+    kept = page.evaluate("[...TENSORS['h.0.mlp.c_fc.weight'].data]")
+    np.testing.assert_array_equal(kept, weights["h.0.mlp.c_fc.weight"].ravel(), err_msg="the page's own weight moved")
     page.click("#back")
-    np.testing.assert_allclose(
-        page.evaluate("[...TENSORS['h.0.mlp.c_fc.weight'].data]"), weights["h.0.mlp.c_fc.weight"].ravel()
-    )
+    assert float(page.input_value("#move")) == pytest.approx(weights["h.0.mlp.c_fc.weight"][3, 2], abs=1e-9)
+    assert len(set(page.locator("#readout b").all_inner_texts())) == 1
 
 
 @needs_browser
@@ -373,3 +372,9 @@ def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: py
     monkeypatch.setattr(explorer, "MAX_BYTES", 1_500_000)
     assert explorer.main([str(run), "--prompt", "The king", "--out", str(out)]) == 0
     assert split(out.read_text(encoding="utf-8"))[1]["logits"].shape[0] == len("The king") - 1
+
+
+def test_it_needs_no_torch() -> None:
+    """The explorer is for those who have installed requirements.txt alone."""
+    check = "import sys, learn.explorer.page; assert not {'torch', 'matplotlib'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", check], cwd=ROOT, check=True, timeout=60)

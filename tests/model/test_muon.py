@@ -334,5 +334,5 @@ def test_muon_is_the_same_in_both_engines_for_200_steps() -> None:
     for name, param in gpt.params.items():
         assert_close("200 steps of Muon", name, named[name].detach().numpy(), param, 1e-9, meaning=MEANING)
     for name, param in twin_matrices.items():
-        momentum = twin_muon.state[param]["m"].numpy()
+        momentum = twin_muon.state[param]["momentum_buffer"].numpy()
         assert_close("200 steps of Muon", f"m.{name}", momentum, muon.m[name], 1e-9, meaning=MEANING)

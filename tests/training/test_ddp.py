@@ -4,7 +4,7 @@ import dataclasses
 import os
 import platform
 import re
-import signal
+import socket
 import subprocess
 import sys
 import time
@@ -48,7 +48,7 @@ def torchrun(processes: int, *flags: str) -> list[str]:
 
 def run(command: list[str], **variables: str) -> subprocess.CompletedProcess:
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
 
 
 def losses(folder: Path) -> list[float]:
@@ -86,30 +86,44 @@ def test_too_few_sequences_for_the_processes_is_one_line(tmp_path: Path) -> None
     assert not (tmp_path / "run").exists()
 
 
+def free_port() -> int:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return listening.getsockname()[1]
+
+
 def test_a_process_that_dies_ends_the_run_with_a_clear_line_and_a_checkpoint(tmp_path: Path) -> None:
-    """Kill one of two once something is saved: the other must not hang, and last.safetensors must be whole."""
+    """Kill one of two once something is saved: the other must not hang, and last.safetensors must be whole.
+
+    The two are started by hand: torchrun would stop the other one by a signal, which may come before its line.
+    """
     folder = tmp_path / "run"
-    flags = ["--max-steps", "100000", "--eval-interval", "40", "--run-dir", str(folder)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(
-        torchrun(2, *flags), cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    ) as process:
-        try:
-            deadline = time.monotonic() + 60
-            while not (folder / "last.safetensors").exists():
-                assert time.monotonic() < deadline, "nothing was saved within a minute"
-                assert process.poll() is None, process.stderr.read()
-                time.sleep(0.1)
-            listed = subprocess.run(
-                ["ps", "-ww", "-o", "pid=,args=", "--ppid", str(process.pid)], capture_output=True, text=True
-            )
-            workers = [line.split()[0] for line in listed.stdout.splitlines() if "train_torch.py" in line]
-            os.kill(int(workers[1]), signal.SIGKILL)
-            _, errors = process.communicate(timeout=60)
-        finally:
+    flags = [*TINY, "--max-steps", "100000", "--eval-interval", "40", "--run-dir", str(folder)]
+    shared = {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    shared |= {"MASTER_PORT": str(free_port())}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(ROOT / "train_torch.py"), *flags],
+            cwd=ROOT,
+            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        while not (folder / "last.safetensors").exists():
+            assert all(process.poll() is None for process in processes), processes[0].stderr.read()
+            time.sleep(0.1)
+        processes[1].kill()
+        _, errors = processes[0].communicate(timeout=300)
+    finally:
+        for process in processes:
             process.kill()
-    assert process.returncode != 0
-    assert "lost the others, and stops; what was saved stays" in errors
+            process.communicate()
+    assert processes[0].returncode == 1
+    assert "process 0 of 2 lost the others, and stops; what was saved stays" in errors
     made = state(folder / "last.safetensors")["step"]
     more = ["--resume", str(folder), "--max-steps", str(made + 1)]
     resumed = run([sys.executable, "train_torch.py", *more, "--device", "cpu"])
@@ -379,7 +393,7 @@ def test_a_graph_that_fails_ends_the_run_with_the_flag_to_leave_out(
 ) -> None:
     """And what was run to warm up is undone."""
     engine = TorchEngine(MODEL, TRAINING, CPU)
-    engine.update = RecordedStep(engine.update_once, engine.optimizer, [engine.broken])
+    engine.update = RecordedStep(engine.update_once, engine.optimizers, [engine.broken])
     before = {name: array.copy() for name, array in engine.save().weights.items()}
     with pytest.raises(
         UserError, match=r"^the CUDA graph failed: leave out --graph \(RuntimeError: operation not perm"

@@ -26,6 +26,7 @@ from safetensors.numpy import load_file
 
 import sample
 import train_numpy
+import training.run
 from tests.runs import arguments, run, skip_what_is_slow, start, write_text
 from training.checkpoint import Checkpoint
 
@@ -545,3 +546,17 @@ def test_a_run_of_the_old_format_is_refused(saved: Path, tmp_path: Path, capsys:
         assert "version 0.1.0" in error
         assert error.count("\n") == 1
     assert sampled(tmp_path / "run") is None
+
+
+def test_the_names_of_leftovers() -> None:
+    """What a resume deletes are names that this program makes, and no others."""
+    for name in (".config.json.0123abcd.new", ".last.safetensors.ffffffff.new", ".metrics.jsonl.12345678.new"):
+        assert training.run.LEFTOVER.fullmatch(name)
+    for name in (
+        ".mine.new",
+        "config.json",
+        ".config.json.new",
+        ".config.json.mine.of.new",
+        "config.json.0123abcd.new",
+    ):
+        assert not training.run.LEFTOVER.fullmatch(name)

@@ -98,7 +98,9 @@ def test_stopped_anywhere_and_resumed_is_never_stopped(
     start(engine, text, tmp_path / "slow", **flags)
     for step in range(1, STEPS):
         at_step(step, terminate)
-        resume(engine, tmp_path / "slow")
+        assert resume(engine, tmp_path / "slow") == 128 + signal.SIGTERM
+    at_step(-1, terminate)
+    assert resume(engine, tmp_path / "slow") == 0, "the last evaluation is made up for"
     assert content(tmp_path / "slow") == whole
 
 
