@@ -16,10 +16,10 @@ import sys
 from collections.abc import Iterator
 from typing import Annotated
 
-from common.startup import explain_failed_imports
+from common.startup import prepare_imports
 
 if __name__ == "__main__":
-    explain_failed_imports()
+    prepare_imports()
 
 import numpy as np
 import tyro

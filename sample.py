@@ -1,6 +1,7 @@
 """Text from a trained GPT, with either engine.
 
     python sample.py runs/numpy-small
+    python sample.py runs/numpy-small/last.safetensors
     python sample.py runs/numpy-small --prompt "ROMEO:" --max-new-tokens 500 --temperature 0.8 --top-k 40 --seed 7
     printf "ROMEO:" | python sample.py runs/numpy-small --prompt -
 
@@ -15,12 +16,12 @@ import sys
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
-from common.startup import explain_failed_imports
+from common.startup import prepare_imports
 
 if __name__ == "__main__":
-    explain_failed_imports()
+    prepare_imports()
 
 import numpy as np
 import tyro
@@ -31,10 +32,8 @@ from data.text import check_text, normalize_text
 from data.tokenizers import Tokenizer
 from numpygpt import GPT, GPTConfig, Params, check_sampling
 from training.batches import step_rng
+from training.parallel import tune_process
 from training.run import load_run, read_config
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 Engine = Literal["numpy", "torch"]
 
@@ -63,20 +62,21 @@ def token_stream(
     """Token ids after prompt (T,), without end, from either engine. Raises ValueError on impossible settings."""
     large = sum(weight.size for weight in weights.values()) >= LARGE
     dtype = weights["wte.weight"].dtype if large else np.dtype(np.float64)
-    stream: Iterator[np.ndarray] | Iterator[Tensor]
     if engine == "numpy":
+        tune_process(threads=1)
         gpt = GPT(config, weights, dtype=dtype.type)
-        stream = gpt.stream(prompt[None], temperature=temperature, top_k=top_k, rng=rng)
+        for tokens in gpt.stream(prompt[None], temperature=temperature, top_k=top_k, rng=rng):
+            yield int(tokens[0])
     else:
         import torch  # here: the NumPy engine must run without it
 
         import torchgpt
 
-        twin = torchgpt.GPT(config, dtype=getattr(torch, dtype.name))
-        twin.load_state_dict({name: torch.tensor(weight) for name, weight in weights.items()})
+        model = torchgpt.GPT(config, dtype=getattr(torch, dtype.name))
+        model.load_state_dict({name: torch.tensor(weight) for name, weight in weights.items()})
         idx = torch.from_numpy(prompt[None].astype(np.int64))
-        stream = twin.stream(idx, temperature=temperature, top_k=top_k, rng=rng)
-    return (int(tokens[0]) for tokens in stream)
+        for token in model.stream(idx, temperature=temperature, top_k=top_k, rng=rng):
+            yield int(token[0])
 
 
 def write_samples(
@@ -114,9 +114,14 @@ def write_samples(
             print(f"--- sample {number + 1} of {num_samples}")
         print(prompt or "", end="", flush=True)
         rng = step_rng(seed, number, "sample")
-        new_ids = token_stream(engine, config, weights, ids, rng, temperature, top_k)
-        for piece in tokenizer.stream(islice(new_ids, max_new_tokens)):
-            print(piece, end="", flush=True)
+        try:
+            new_ids = token_stream(engine, config, weights, ids, rng, temperature, top_k)
+            for piece in tokenizer.stream(islice(new_ids, max_new_tokens)):
+                print(piece, end="", flush=True)
+        except UserError:
+            raise
+        except ValueError as error:  # finite weights so large that the logits are not
+            raise UserError(f"{folder} cannot write: {error}") from error
         print()
 
 
@@ -132,7 +137,14 @@ def show_sample(folder: Path, engine: Engine) -> None:
     """What a trainer ends with: a short text from what it has just saved, and how to get more."""
     print("\na sample of the best checkpoint:\n")
     write_samples(
-        folder, prompt=None, max_new_tokens=300, temperature=0.8, top_k=None, seed=1337, num_samples=1, engine=engine
+        folder,
+        prompt=None,
+        max_new_tokens=300,
+        temperature=0.8,
+        top_k=None,
+        seed=1337,
+        num_samples=1,
+        engine=engine,
     )
     print(f"\nmore of it:\n    python sample.py {shlex.quote(str(folder))} --engine {engine} --max-new-tokens 1000")
 
@@ -161,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         """Text from a trained GPT, with either engine.
 
         Args:
-            run: the folder that a trainer kept its run in.
+            run: the folder that a trainer kept its run in, or one of the .safetensors files there.
             prompt: the text to continue; - reads all of standard input, which nothing else does.
             max_new_tokens: how many tokens to add.
             temperature: divides the logits; below 1 is bolder, 0 always takes the likeliest token.

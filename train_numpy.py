@@ -9,136 +9,124 @@
 The model is numpygpt.py. What stands here is how it learns from one batch; when, from which one, at what rate, and what
 is measured and kept, is training/loop.py, which train_torch.py runs just the same.
 """
-# ruff: noqa: E402  one thing must be said before NumPy loads
+# ruff: noqa: E402  two things must be done before NumPy loads
+
+import os
+import sys
+
+for blas in ("OPENBLAS", "MKL", "VECLIB"):  # training.parallel has threads of its own, which pay better
+    os.environ.setdefault(f"{blas}_NUM_THREADS", "1")
+
+from common.startup import prepare_imports
+
+if __name__ == "__main__":
+    prepare_imports()
 
 import dataclasses
 import math
-import os
-import sys
 import warnings
 from collections.abc import Sequence
-
-for blas in ("OPENBLAS", "MKL", "VECLIB"):  # the model cuts its batches into threads itself, which pays better
-    os.environ.setdefault(f"{blas}_NUM_THREADS", "1")
-
-from common.startup import explain_failed_imports
-
-if __name__ == "__main__":
-    explain_failed_imports()
 
 import numpy as np
 
 from common.cli import run_program
 from common.cores import usable_cores
 from common.errors import UserError
-from numpygpt import GPT, AdamW, GPTConfig, Params, clip_grad_norm
-from training.batches import Batch, read_windows, step_rng
-from training.config import Flags, TrainConfig
+from numpygpt import GPT, AdamW, GPTConfig, Params, clip_grad_norm, split_params
+from sample import show_sample
+from training.batches import Batch, step_rng
+from training.checkpoint import Snapshot
+from training.config import Flags, TrainConfig, muon_learning_rate
 from training.flags import parse_flags
-from training.loop import train
-from training.memory import check_memory, memory_needed
+from training.loop import Engine, train
+from training.memory import MemoryUse
+from training.parallel import MuonInParts, add_grads, loss_and_grads_in_parts, loss_in_parts, tune_process
 from training.run import open_run
 
+MEMORY = MemoryUse(scores_kept=True)
 
-class NumpyEngine:
-    """numpygpt.py's model and optimizer, as training.loop wants them.
 
-    threads: into how many parts the model cuts a batch, to compute them side by side
+class NumpyEngine(Engine):
+    """numpygpt.py's model and optimizers, as training.loop wants them.
+
+    threads: into how many parts a micro-batch and Muon's matrices are cut, to compute them side by side
     """
-
-    leader, eval_batch_size = True, None
 
     def __init__(self, model: GPTConfig, training: TrainConfig, threads: int) -> None:
         dtype = np.float64 if training.dtype == "float64" else np.float32
-        self.gpt = GPT(model, seed=training.seed, dtype=dtype, threads=threads)
+        self.threads = threads
+        tune_process(threads)
+        self.gpt = GPT(model, seed=training.seed, dtype=dtype)
+        self.training, self.grad_clip = training, training.grad_clip or math.inf
+        matrices, others = split_params(self.gpt.params) if training.optimizer == "muon" else ({}, self.gpt.params)
         betas = (training.beta1, training.beta2)
-        self.optimizer = AdamW(self.gpt.params, betas=betas, weight_decay=training.weight_decay)
-        self.seed, self.grad_clip, self.ema = training.seed, training.grad_clip or math.inf, training.ema
-        self.averaged = GPT(model, self.gpt.params, dtype=dtype, threads=threads) if self.ema else self.gpt
+        self.optimizer = AdamW(others, betas=betas, weight_decay=training.weight_decay)
+        self.muon = None
+        if matrices:
+            self.muon = MuonInParts(matrices, weight_decay=training.muon_weight_decay, threads=threads)
 
     def train_step(self, step: int, micro_batches: Sequence[Batch], lr: float) -> tuple[float, float]:
         """Forward, backward, clip, update: see training.loop.Engine."""
-        count = sum(targets.size for _, targets in micro_batches)
-        rng = step_rng(self.seed, step, "dropout")
-        total_loss, total_grads = 0.0, None
-        for idx, targets in micro_batches:
-            loss, grads = self.gpt.loss_and_grads(idx, targets, rng=rng, count=count)
-            total_loss += float(loss)
-            total_grads = grads if total_grads is None else add(total_grads, grads)
-        norm = clip_grad_norm(total_grads, self.grad_clip)
-        if not (math.isfinite(total_loss) and math.isfinite(norm)):
-            broken = [name for name, grad in total_grads.items() if not np.isfinite(grad).all()]
+        loss, grads = self.loss_and_grads(step, micro_batches)
+        norm = clip_grad_norm(grads, self.grad_clip)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            broken = [name for name, grad in grads.items() if not np.isfinite(grad).all()]
             raise ValueError(f"not finite: {f'the gradient of {broken[0]}' if broken else 'the loss, or the norm'}")
-        self.optimizer.step(total_grads, lr)
-        if self.ema:
-            rate = max(1 - self.ema, 9 / (10 + self.optimizer.t))  # 1 - d, see training.loop.Engine.loss
-            for name, average in self.averaged.params.items():
-                average += rate * (self.gpt.params[name] - average)
-        return total_loss, norm
+        self.update(grads, lr)
+        return loss, norm
 
-    def check(self) -> None:
-        """Nothing to do: train_step looks at every number."""
+    def loss_and_grads(self, step: int, micro_batches: Sequence[Batch]) -> tuple[float, Params]:
+        """Of the whole batch, by its parts."""
+        count = sum(targets.size for _, targets in micro_batches)
+        rng = step_rng(self.training.seed, step, "dropout")
+        total_loss, total_grads = 0.0, dict[str, np.ndarray]()
+        for idx, targets in micro_batches:
+            loss, grads = loss_and_grads_in_parts(self.gpt, idx, targets, rng=rng, count=count, threads=self.threads)
+            total_loss += loss
+            total_grads = add_grads(total_grads, grads) if total_grads else grads
+        return total_loss, total_grads
 
-    def agree(self, stop: int | None) -> int | None:
-        return stop
-
-    def windows(self, tokens: np.ndarray, starts: np.ndarray, T: int) -> Batch:
-        return read_windows(tokens, starts, T)
+    def update(self, grads: Params, lr: float) -> None:
+        """One step of the optimizers; lr is AdamW's rate."""
+        self.optimizer.step({name: grads[name] for name in self.optimizer.params}, lr)
+        if self.muon is not None:
+            self.muon.step(grads, muon_learning_rate(lr, self.training))
 
     def loss(self, idx: np.ndarray, targets: np.ndarray) -> float:
-        return float(self.averaged.forward(idx, targets)[1])
+        return loss_in_parts(self.gpt, idx, targets, threads=self.threads)
 
     def num_params(self) -> int:
         return self.gpt.num_params()
 
-    def save(self) -> tuple[Params, Params, Params, int, Params | None]:
-        average = self.averaged.params if self.ema else None
-        return self.gpt.params, self.optimizer.m, self.optimizer.v, self.optimizer.t, average
+    def save(self) -> Snapshot:
+        return Snapshot(self.gpt.params, self.optimizer.m | (self.muon.m if self.muon else {}), self.optimizer.v)
 
-    def load(self, weights: Params, m: Params, v: Params, t: int, average: Params | None = None) -> None:
-        pairs = [(self.gpt.params, weights), (self.optimizer.m, m), (self.optimizer.v, v)]
-        if self.ema:
-            pairs.append((self.averaged.params, average or weights))
-        for mine, loaded in pairs:
-            for name, array in mine.items():
-                array[...] = loaded[name]
-        self.optimizer.t = t
-
-
-def add(grads: Params, others: Params) -> Params:
-    """grads plus others, in place."""
-    for name, grad in grads.items():
-        grad += others[name]
-    return grads
-
-
-def check(model: GPTConfig, training: TrainConfig) -> None:
-    """Raises UserError, before anything is allocated or written, if the model cannot fit into memory."""
-    needed = memory_needed(model, training, scores_kept=True)
-    check_memory(needed, "more --grad-accum")
+    def load(self, snapshot: Snapshot, step: int) -> None:
+        mine = self.save()
+        for arrays, saved in ((mine.weights, snapshot.weights), (mine.m, snapshot.m), (mine.v, snapshot.v)):
+            for name, array in arrays.items():
+                array[...] = saved[name]
+        self.optimizer.t = step
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    flags = parse_flags(argv, Flags, "train_numpy.py", preset="small", description=__doc__.split("\n")[0])
+    flags = parse_flags(argv, Flags, "train_numpy.py", preset="small", description=str(__doc__).split("\n")[0])
     if flags.training.dtype == "bfloat16" and flags.run.resume is None:
         raise UserError("dtype bfloat16 is for train_torch.py: choose float32 or float64")
     if flags.training.dtype == "bfloat16":
-        print("a run of bfloat16 has weights of float32, and goes on in float32 here", file=sys.stderr)
+        print("a run of bfloat16 has weights of float32, and continues in float32 here", file=sys.stderr)
     if flags.training.dtype in ("auto", "bfloat16"):
         flags = dataclasses.replace(flags, training=dataclasses.replace(flags.training, dtype="float32"))
 
     warnings.simplefilter("ignore", RuntimeWarning)  # NumPy's of NaN and infinity, at which the engine stops anyway
-    with open_run(flags, "numpy", check) as run:
+    with open_run(flags, "numpy", MEMORY) as run:
         threads = flags.run.threads or usable_cores()
         print(f"computing in {threads} thread{'s' * (threads > 1)}")
         engine = NumpyEngine(run.model, run.training, threads)
         stopped_by = train(engine, run)
     if stopped_by is not None:
         return 128 + stopped_by
-
-    from sample import show_sample  # here: it takes longer to load than --help may take
-
     show_sample(run.folder, "numpy")
     return 0
 

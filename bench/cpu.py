@@ -24,10 +24,10 @@ from dataclasses import dataclass, field
 from multiprocessing import get_context
 from typing import Literal
 
-from common.startup import explain_failed_imports
+from common.startup import prepare_imports
 
 if __name__ == "__main__":
-    explain_failed_imports()
+    prepare_imports()
 
 import numpy as np
 from tqdm import tqdm
@@ -36,6 +36,7 @@ import numpygpt
 from bench.timing import alternate, blas_threads, high_water, ratio, seconds
 from common.cli import parse, run_program
 from common.cores import usable_cores
+from training.parallel import loss_and_grads_in_parts, tune_process
 
 # Vocabulary and sizes of the presets, without dropout: torch's eager attention leaves its fast path when it drops.
 PRESETS = {
@@ -82,11 +83,12 @@ def random_batch(config: numpygpt.GPTConfig, B: int) -> tuple[np.ndarray, np.nda
 
 def numpy_step(config: numpygpt.GPTConfig, B: int, threads: int) -> Callable[[], None]:
     idx, targets = random_batch(config, B)
-    model = numpygpt.GPT(config, threads=threads)
+    tune_process(threads)
+    model = numpygpt.GPT(config)
     optimizer = numpygpt.AdamW(model.params)
 
     def step() -> None:
-        _, grads = model.loss_and_grads(idx, targets)
+        _, grads = loss_and_grads_in_parts(model, idx, targets, threads=threads)
         numpygpt.clip_grad_norm(grads, MAX_NORM)
         optimizer.step(grads, LR)
 
@@ -102,11 +104,7 @@ def torch_step(config: numpygpt.GPTConfig, B: int, threads: int, compiled: bool 
     idx, targets = map(torch.from_numpy, random_batch(config, B))
     model = torchgpt.GPT(config)
     params = list(model.parameters())
-    groups = [
-        {"params": [p for p in params if p.ndim >= 2], "weight_decay": 0.1},
-        {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.99), fused=True)
+    optimizer = torch.optim.AdamW(torchgpt.decay_groups(params, 0.1), lr=LR, betas=(0.9, 0.99), fused=True)
     forward = torch.compile(model) if compiled else model
 
     def step() -> None:
@@ -128,7 +126,7 @@ def products(config: numpygpt.GPTConfig, B: int) -> Iterator[tuple[tuple[int, ..
         yield (rows, n_in), (n_in, n_out)  # out
         yield (rows, n_out), (n_out, n_in)  # dx
         yield (n_out, rows), (rows, n_in)  # dweight
-    for queries, keys in config.n_layer * list(numpygpt.causal_blocks(T, T)):
+    for queries, keys in config.n_layer * list(numpygpt.causal_tiles(T, T)):
         q, k = queries.stop - queries.start, keys.stop
         for _ in "att", "ddropped":
             yield (B, nh, q, hs), (B, nh, hs, k)
@@ -220,6 +218,7 @@ def measure_generation(options: Options) -> None:
     import torchgpt
 
     torch.set_num_threads(options.threads)
+    tune_process(threads=1)
     config = PRESETS["full"][0]
     T = config.block_size
     by_numpy, by_torch = numpygpt.GPT(config), torchgpt.GPT(config).eval()
@@ -235,7 +234,7 @@ def measure_generation(options: Options) -> None:
         for length in sample:
             by_torch(torch.from_numpy(full[:, :length]))
 
-    contenders = {
+    contenders: dict[str, tuple[Callable[[], object], Callable[[], object], int]] = {
         "within the window": (
             lambda: by_numpy.generate(start, T - 1, rng=rng()),
             lambda: by_torch.generate(torch.from_numpy(start), T - 1, rng=rng()),
@@ -252,7 +251,8 @@ def measure_generation(options: Options) -> None:
             8,
         ),
     }
-    flat = {(name, i): pair[i] for name, pair in contenders.items() for i in (0, 1)}
+    flat = {(name, 0): ours for name, (ours, _, _) in contenders.items()}
+    flat |= {(name, 1): theirs for name, (_, theirs, _) in contenders.items()}
     with blas_threads(options.threads):
         times = alternate(flat, options.rounds)
 

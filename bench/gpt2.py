@@ -35,7 +35,7 @@ def write_models(folder: Path, config: numpygpt.GPTConfig) -> None:
         draw = rng.standard_normal(shape, np.float32)
         draw *= 0.02
         params[name] = draw + np.float32(len(shape) == 1 and name.endswith("weight"))  # gains are about 1
-    tokenizer = CharTokenizer("\n")  # nobody writes or reads a text
+    tokenizer = CharTokenizer("\n")  # no text is written or read
     write_run(folder / "run", config, params, tokenizer)
     (folder / "hf").mkdir()
     write_hf(folder / "hf", config, params, tokenizer)

@@ -23,10 +23,10 @@ from functools import partial
 from itertools import pairwise
 from typing import Literal
 
-from common.startup import explain_failed_imports
+from common.startup import prepare_imports
 
 if __name__ == "__main__":
-    explain_failed_imports()
+    prepare_imports()
 
 import numpy as np
 import torch
@@ -36,11 +36,13 @@ from common.errors import UserError
 from data.corpus import Corpus, load_corpus
 from data.tokenizers import CharTokenizer
 from numpygpt import GPTConfig
-from torchgpt import GPT
-from train_torch import DeviceFlags, TorchEngine, first_line, flops_per_token
+from torchgpt import GPT, decay_groups
+from train_torch import TorchEngine
 from training.batches import Batches
 from training.config import PRESETS, TrainConfig, learning_rate
 from training.evaluate import evaluate
+from training.flops import training_flops_per_token
+from training.torch_device import DeviceFlags, first_line
 
 # Dense bfloat16 matrix rate in FLOP/s, without sparsity, from the vendor's data sheets.
 PEAKS = {
@@ -57,6 +59,8 @@ HEADER = """
 RECIPE_HEADER = f"""
 | seed | s of training to {NANOGPT_LOSS} | at step | s in all | first step, s | best loss | at step |
 |---|---|---|---|---|---|---|"""
+Maker = Callable[[], Callable[[int], None]]  # -> a function that makes n updates
+
 MICRO_BATCH = {"gpt2": 8}  # sequences at once, where the preset's batch is far larger than a step here needs to be
 
 
@@ -87,13 +91,13 @@ def engine_updates(
     """train_torch.py's engine. Raises UserError if it had to do without any of its flags."""
     engine = TorchEngine(model, training, flags)
     batches = Batches(tokens, model.block_size, training.batch_size, 1)
-    batches.read = engine.windows
     done = 0
 
     def update(n: int) -> None:
         nonlocal done
         for step in range(done, done + n):
-            loss, _ = engine.train_step(step, [batches.at(step)], learning_rate(step, training))
+            batch = engine.gather(tokens, batches.starts(step), model.block_size)
+            loss, _ = engine.train_step(step, [batch], learning_rate(step, training))
             if step % 10 == 0:
                 loss.item()
         loss.item()  # wait for all of it
@@ -104,9 +108,9 @@ def engine_updates(
 
 
 def check_flags(engine: TorchEngine, flags: DeviceFlags) -> None:
-    """Raises UserError if the engine had to do without any of its flags: then its speed is another's."""
+    """Raises UserError if the engine had to do without torch.compile: then its speed is another's."""
     if engine.flags != flags:
-        raise UserError("it went on without the CUDA graph or torch.compile")
+        raise UserError("it continued without torch.compile")
 
 
 def plain_updates(
@@ -114,16 +118,13 @@ def plain_updates(
 ) -> Callable[[int], None]:
     """The plain loop. As in nanoGPT, a large vocabulary is padded."""
     gpt = GPT(model, pad_vocab_to=64 if model.vocab_size > 1000 else 1, checked=False).to(device).train()
-    if compiled:
-        gpt = torch.compile(gpt, dynamic=False)
-    decayed = [p for p in gpt.parameters() if p.ndim >= 2]
-    groups = [{"params": decayed}, {"params": [p for p in gpt.parameters() if p.ndim < 2], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.1, fused=True)
+    forward = torch.compile(gpt, dynamic=False) if compiled else gpt
+    optimizer = torch.optim.AdamW(decay_groups(gpt.parameters(), 0.1), betas=(0.9, 0.99), fused=True)
     batches, done = Batches(tokens, model.block_size, training.batch_size, 1), 0
 
     def send(ids: np.ndarray) -> torch.Tensor:
-        ids = torch.from_numpy(np.ascontiguousarray(ids))
-        return ids.pin_memory().to(device, non_blocking=True) if device == "cuda" else ids
+        tensor = torch.from_numpy(np.ascontiguousarray(ids))
+        return tensor.pin_memory().to(device, non_blocking=True) if device == "cuda" else tensor
 
     def update(n: int) -> None:
         nonlocal done
@@ -132,7 +133,7 @@ def plain_updates(
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, training)
             with torch.autocast(device, dtype=torch.bfloat16):
-                _, loss = gpt(idx, targets)
+                _, loss = forward(idx, targets)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(gpt.parameters(), training.grad_clip)
             optimizer.step()
@@ -162,15 +163,15 @@ def prepare(preset: str, corpus: Corpus) -> tuple[GPTConfig, TrainConfig, np.nda
 
 
 def contenders(
-    preset: str, model: GPTConfig, training: TrainConfig, device: str, tokens: np.ndarray
-) -> dict[str, Callable[[], Callable[[int], None]]]:
+    preset: str, model: GPTConfig, training: TrainConfig, device: Literal["cuda", "cpu"], tokens: np.ndarray
+) -> dict[str, Maker]:
     """What makes each, by name."""
     cuda = device == "cuda"
-    eager = DeviceFlags(device, compile=False, graph=False, pad_vocab=cuda)
+    eager = DeviceFlags(device, pad_vocab=cuda)
     modes = {"eager": eager, "compiled": replace(eager, compile=True)}
     if cuda:
         modes["captured"] = replace(eager, compile=True, graph=True)
-    makers = {
+    makers: dict[str, Maker] = {
         f"plain loop, {mode}, bfloat16": partial(
             plain_updates, model, training, device, tokens, compiled=mode == "compiled"
         )
@@ -211,7 +212,11 @@ def measure(preset: str, options: Options, corpus: Corpus) -> None:
         typical = statistics.median(seconds for _, seconds in turns)
         low, middle, high = np.percentile([base / seconds for base, seconds in turns], (25, 50, 75))
         gain = f"{middle:.2f} ({low:.2f} to {high:.2f})"
-        mfu = f"{flops_per_token(model) * tokens_per_step / typical / peak:.0%}" if peak and "bfloat16" in name else ""
+        mfu = (
+            f"{training_flops_per_token(model) * tokens_per_step / typical / peak:.0%}"
+            if peak and "bfloat16" in name
+            else ""
+        )
         print(
             f"| {preset}: {name} | {typical * 1e3:.2f} | {tokens_per_step / typical:,.0f} | {gain} | {memory} | {mfu} "
             f"| {first:.0f} |",
@@ -265,14 +270,14 @@ def train_once(seed: int, options: Options, corpus: Corpus, look_every: int = 50
     training = replace(training, dtype="bfloat16", seed=seed)
     val_tokens = CharTokenizer.from_text(corpus.text).encode(corpus.val_text)
     cuda = options.device == "cuda"
-    flags = DeviceFlags(options.device, compile=cuda, graph=cuda, pad_vocab=cuda)
+    flags = DeviceFlags(options.device, compile=cuda, pad_vocab=cuda)
     start = time.perf_counter()
     engine = TorchEngine(model, training, flags)
     batches = Batches(tokens, model.block_size, training.batch_size, seed)
-    batches.read = engine.windows
 
     def update(step: int) -> torch.Tensor:
-        return engine.train_step(step, [batches.at(step)], learning_rate(step, training))[0]
+        batch = engine.gather(tokens, batches.starts(step), model.block_size)
+        return engine.train_step(step, [batch], learning_rate(step, training))[0]
 
     update(0).item()  # wait for all of it
     check_flags(engine, flags)
@@ -282,8 +287,8 @@ def train_once(seed: int, options: Options, corpus: Corpus, look_every: int = 50
     for last, step in pairwise(looks):
         began = time.perf_counter()
         for done in range(last, step):
-            loss = update(done)
-        loss.item()
+            batch_loss = update(done)
+        batch_loss.item()
         run.seconds += time.perf_counter() - began
         engine.check()
         loss = evaluate(engine.loss, val_tokens, model.block_size, engine.eval_batch_size)

@@ -1,38 +1,33 @@
-"""Characters or subwords? Trains the same model with several tokenizers, and writes docs/tokenizers.md with its plot.
+"""Characters or subwords? Trains the same model with several tokenizers: the tables and the plot of docs/tokenizers.md.
 
     python -m bench.subwords                       characters, and byte-pair encodings of 512, 1,024 and 4,096 tokens
     python -m bench.subwords --engine torch        the same with PyTorch, on the CPU too
-    python -m bench.subwords --preset tiny --max-chars 20000 --vocab-sizes 512 --run-dir /tmp/look --out /tmp/look
+    python -m bench.subwords --preset tiny --max-chars 20000 --vocab-sizes 512 --run-dir /tmp/look --out /tmp/look.png
 
-The last one is a look, in a minute; its runs have a folder of their own, for those of the comparison are others.
+The last one is a quick look, in a minute. Its runs have a folder of their own.
 
 What is equal: the layers, the recipe, and the characters of training text that are learned from, so that longer tokens
-mean fewer steps. What follows from the tokenizer: the vocabulary, hence the embedding's parameters, and how many
-characters a window of block_size tokens spans. Losses per token say nothing across tokenizers; the yardstick is bits
-per character on the whole validation split.
+mean fewer steps. What follows from the tokenizer: the vocabulary, so the number of embedding parameters, and how many
+characters a window of block_size tokens spans. Losses per token cannot be compared across tokenizers. What counts is
+bits per character on the whole validation split.
 
 The runs are kept under --run-dir, and each is an ordinary run: sample.py reads it. One that is there already is not
-trained again; one that was interrupted goes on.
+trained again; one that was interrupted is resumed.
 """
 
-import io
 import math
-import platform
-import shlex
 import statistics
 import sys
-import textwrap
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from common.startup import explain_failed_imports
+from common.startup import prepare_imports
 
 if __name__ == "__main__":
-    explain_failed_imports()
+    prepare_imports()
 
 import numpy as np
 
@@ -40,12 +35,12 @@ from bench.timing import alternate, blas_threads, ratio
 from common.cli import parse, run_program
 from common.cores import usable_cores
 from common.errors import UserError
-from common.files import write_atomically
+from common.files import write_figure
 from data.corpus import Corpus, load_corpus
-from data.tokenizers import get_tokenizer, train_command
+from data.tokenizers import get_tokenizer
 from numpygpt import GPTConfig, param_shapes
 from sample import first_ids, load_for_sampling, token_stream
-from train_numpy import NumpyEngine, check
+from train_numpy import MEMORY, NumpyEngine
 from training.batches import Batches, step_rng
 from training.config import PRESETS, Flags, RunFlags, TrainConfig, learning_rate
 from training.loop import Engine, train
@@ -73,7 +68,7 @@ class Options:
     data: str = "shakespeare_char"  # shakespeare_char, verse or a UTF-8 text file
     max_chars: int | None = None  # characters to learn from; None: as many as the preset reads, one to a token
     run_dir: Path = Path("runs/tokenizers")  # the folder of the runs
-    out: Path = Path("docs")  # the folder of tokenizers.md and tokenizers.png
+    out: Path = Path("docs/tokenizers.png")  # the plot
     rounds: int = 9  # of measuring speed, each of which runs every contender once
 
     def __post_init__(self) -> None:
@@ -104,7 +99,7 @@ class Result:
     @property
     def bigram_bits(self) -> float:
         """The bigram's bits per character: a nat per token is as many of them as for the model."""
-        return self.run.yardsticks["bigram"] * self.bits / self.nats_per_token
+        return self.run.baselines["bigram"] * self.bits / self.nats_per_token
 
     @property
     def chars_per_step(self) -> float:
@@ -162,24 +157,25 @@ def contender_flags(options: Options, corpus: Corpus, vocab_size: int | None) ->
     if there and (found := read_config(folder)).training != training:
         names = [name for name in vars(training) if getattr(training, name) != getattr(found.training, name)]
         raise UserError(f"{folder} holds a run with another {' and '.join(names)}: choose another --run-dir")
-    place = {"resume" if there else "run_dir": str(folder)}
-    return Flags(preset.model, training, RunFlags(options.preset, **place))
+    run = RunFlags(options.preset, resume=str(folder)) if there else RunFlags(options.preset, run_dir=str(folder))
+    return Flags(preset.model, training, run)
 
 
 def make_engine(name: str, model: GPTConfig, training: TrainConfig) -> Engine:
     """An engine with fresh weights."""
     if name == "numpy":
         return NumpyEngine(model, training, usable_cores())
-    from train_torch import DeviceFlags, TorchEngine  # here: the NumPy engine must run without PyTorch
+    from train_torch import TorchEngine  # the NumPy engine must run without PyTorch
+    from training.torch_device import DeviceFlags
 
-    return TorchEngine(model, training, DeviceFlags("cpu", compile=False, graph=False, pad_vocab=False))
+    return TorchEngine(model, training, DeviceFlags("cpu"))
 
 
 def train_contender(name: str, options: Options, corpus: Corpus, vocab_size: int | None) -> Result | int:
     """The run of one contender, trained now or before; or the signal that stopped it. Raises UserError."""
     flags = contender_flags(options, corpus, vocab_size)
     print(f"\n--- {name}")
-    with open_run(flags, options.engine, check) as run:
+    with open_run(flags, options.engine, MEMORY) as run:
         stopped_by = train(make_engine(options.engine, run.model, run.training), run)
     if stopped_by is not None:
         return stopped_by
@@ -199,19 +195,19 @@ def training_round(engine_name: str, result: Result) -> Callable[[], None]:
     run = result.run
     engine = make_engine(engine_name, run.model, run.training)
     batches = Batches(run.batches.tokens, run.model.block_size, run.training.batch_size, run.training.seed)
-    batches.read = engine.windows
     done = 0
 
     def update() -> None:
         nonlocal done
         for step in range(done, done + STEPS):
-            engine.train_step(step, [batches.at(step)], learning_rate(step, run.training))
+            batch = engine.gather(batches.tokens, batches.starts(step), run.model.block_size)
+            engine.train_step(step, [batch], learning_rate(step, run.training))
         done += STEPS
 
     return update
 
 
-def write_sample(engine: str, folder: Path) -> str:
+def write_sample(engine: Literal["numpy", "torch"], folder: Path) -> str:
     """SAMPLE_CHARS characters, or just over, as sample.py writes them."""
     config, weights, tokenizer = load_for_sampling(folder)
     rng = step_rng(SEED, 0, "sample")
@@ -242,7 +238,9 @@ def measure_training(engine: str, results: Sequence[Result], rounds: int) -> lis
     return speeds([times[r.name] / (STEPS * r.chars_per_step) for r in results])
 
 
-def measure_generation(engine: str, results: Sequence[Result], rounds: int) -> tuple[list[Speed], list[str]]:
+def measure_generation(
+    engine: Literal["numpy", "torch"], results: Sequence[Result], rounds: int
+) -> tuple[list[Speed], list[str]]:
     """Speeds, and the samples that were written."""
     samples: dict[str, str] = {}
 
@@ -258,7 +256,7 @@ def measure_generation(engine: str, results: Sequence[Result], rounds: int) -> t
 
 
 def speeds(seconds_per_char: Sequence[np.ndarray]) -> list[Speed]:
-    """From the seconds per character of each contender in each round. The first contender is the yardstick."""
+    """From the seconds per character of each contender in each round. They are compared with the first contender."""
     chars = seconds_per_char[0]
     return [
         Speed(1 / statistics.median(own), statistics.median(chars / own), ratio(chars, own)) for own in seconds_per_char
@@ -266,137 +264,44 @@ def speeds(seconds_per_char: Sequence[np.ndarray]) -> list[Speed]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The page
+# The tables and the plot
 
 
-def write_page(
-    options: Options,
-    corpus: Corpus,
-    results: Sequence[Result],
-    training: Sequence[Speed],
-    generation: Sequence[Speed],
-    samples: Sequence[str],
-    bpe_speed: str,
-    command: str,
-) -> str:
-    """docs/tokenizers.md."""
-    model, first = results[0].run.model, results[0]
-    chars = first.run.training.max_steps * first.chars_per_step
-    equal = (
-        f"trains the same model with each tokenizer on {corpus.name}, and writes this page. Equal are the layers "
-        f"({options.preset} preset: {model.n_layer} layers, {model.n_head} heads, {model.n_embd} channels), the window "
-        f"of {model.block_size} tokens, the recipe, and the training text: each model learns from {chars:,.0f} "
-        f"characters, {chars / len(corpus.train_text):.2f} times the training split. The byte-pair encodings are "
-        "learned from the training split alone."
+def tables(results: Sequence[Result], training: Sequence[Speed], generation: Sequence[Speed]) -> Iterator[str]:
+    """The three tables of docs/tokenizers.md, in Markdown: what goes in, what comes out, and how fast."""
+    first = results[0]
+    names = [r.name for r in results]
+    yield table(
+        {
+            "": names,
+            "vocabulary": [f"{r.run.model.vocab_size:,}" for r in results],
+            "parameters in embeddings": [f"{r.embedding_params:,}" for r in results],
+            "parameters elsewhere": [f"{r.other_params:,}" for r in results],
+            "tokens per character, training split": [f"{r.tokens_per_char:.3f}" for r in results],
+            "tokens per character, validation split": [f"{r.val_tokens_per_char:.3f}" for r in results],
+            "window, in characters": [f"{r.run.model.block_size / r.val_tokens_per_char:.0f}" for r in results],
+            "steps": [f"{r.run.training.max_steps:,}" for r in results],
+        }
     )
-    inputs = {
-        "": [r.name for r in results],
-        "vocabulary": [f"{r.run.model.vocab_size:,}" for r in results],
-        "parameters in embeddings": [f"{r.embedding_params:,}" for r in results],
-        "parameters elsewhere": [f"{r.other_params:,}" for r in results],
-        "tokens per character, training split": [f"{r.tokens_per_char:.3f}" for r in results],
-        "tokens per character, validation split": [f"{r.val_tokens_per_char:.3f}" for r in results],
-        "window, in characters": [f"{model.block_size / r.val_tokens_per_char:.0f}" for r in results],
-        "steps": [f"{r.run.training.max_steps:,}" for r in results],
-    }
-    losses = {
-        "": [r.name for r in results],
-        "nats per token": [f"{r.nats_per_token:.4f}" for r in results],
-        "bits per character": [f"**{r.bits:.4f}**" for r in results],
-        "relative to characters": [f"{r.bits / first.bits - 1:+.1%}" for r in results],
-        "the bigram's bits per character": [f"{r.bigram_bits:.4f}" for r in results],
-    }
+    yield table(
+        {
+            "": names,
+            "nats per token": [f"{r.nats_per_token:.4f}" for r in results],
+            "bits per character": [f"**{r.bits:.4f}**" for r in results],
+            "relative to characters": [f"{r.bits / first.bits - 1:+.1%}" for r in results],
+            "the bigram's bits per character": [f"{r.bigram_bits:.4f}" for r in results],
+        }
+    )
     faster = "times as fast as with characters: median (quartiles)"
-    rates = {
-        "": [r.name for r in results],
-        "training, characters/s": [f"{speed.chars_per_s:,.0f}" for speed in training],
-        faster: [speed.gain for speed in training],
-        "generation, characters/s": [f"{speed.chars_per_s:,.0f}" for speed in generation],
-        f"{faster} ": [speed.gain for speed in generation],
-    }
-    notes = [
-        "**Bits per character** is the loss on the whole validation split, every token but the first predicted once, "
-        "in bits, divided by the characters that those tokens stand for. A tokenizer writes a text in one way, and the "
-        "model could spell the same text with other tokens too; what it holds for those is not counted in its favour, "
-        "so the true figure of a byte-pair encoding is a little lower.",
-        f"**A window is {model.block_size} tokens**, so longer tokens come with more context; and where a window "
-        "begins, the model has one token to go by, be it long or short.",
-        "**The same characters in fewer steps** means fewer updates, each from as many tokens. The recipe is the one "
-        f"that was found for characters: the same peak rate, the same {first.run.training.warmup_steps} steps of "
-        "warm-up, and a decay that ends with the run.",
-        f"**Speed** is that of the {ENGINES[options.engine]} engine with {usable_cores()} threads on {cpu_name()}, "
-        f"NumPy {np.__version__}, all contenders in turn in one process, {options.rounds} rounds of them. Only the "
-        "ratios count: the machine may have had other work to do, so characters per second do not compare with those "
-        "of other pages. Training counts the updates alone, in float32. Generation is that of the samples below, of "
-        f"{SAMPLE_CHARS} characters, token after token in float64 as sample.py computes; once the window is full, "
-        "each token costs the whole window.",
-    ]
-    picture = (
-        "![Bits per character on the validation split, one line for each tokenizer: left over the characters learned "
-        "from, right over the seconds which that training takes](tokenizers.png)"
+    yield table(
+        {
+            "": names,
+            "training, characters/s": [f"{speed.chars_per_s:,.0f}" for speed in training],
+            faster: [speed.gain for speed in training],
+            "generation, characters/s": [f"{speed.chars_per_s:,.0f}" for speed in generation],
+            f"{faster} ": [speed.gain for speed in generation],
+        }
     )
-    parts = [
-        "# Characters or subwords?",
-        f"```\n{command}\n```",
-        fill(equal),
-        table(inputs),
-        table(losses),
-        table(rates),
-        fill(" ".join(findings(results, training, generation))),
-        picture,
-        "## How to read it",
-        "\n".join(textwrap.indent(fill(note, 118), "  ").replace("  ", "- ", 1) for note in notes),
-        "## How fast the encoding itself is learned and used",
-        bpe_speed,
-        "## Samples",
-        f"What `python sample.py` writes from the runs in {options.run_dir}: temperature {TEMPERATURE}, seed {SEED}.",
-    ]
-    for result, text in zip(results, samples, strict=True):
-        parts += [f"### {result.name}", f"```text\n{text.strip()}\n```"]
-    return "\n\n".join(parts) + "\n"
-
-
-def measure_bpe(data: str, vocab_size: int) -> str:
-    """What data.tokenizers' command line prints about one encoding, with the command that prints it."""
-    argv = ["python", "-m", "data.tokenizers", "train", "--vocab-size", str(vocab_size)]
-    if data != Options.data:
-        argv += ["--data", data]
-    printed = io.StringIO()
-    with redirect_stdout(printed):
-        train_command(data, vocab_size, None)
-    lines = printed.getvalue().splitlines()
-    shown = [f"$ {shlex.join(argv)}", *lines[:5], "..."]  # the times, and the first merges
-    by_hand = (
-        f"One thread of plain Python on {cpu_name()}. After each merge only the words that hold its pair are counted "
-        "anew, and not the text; and tiktoken, which encodes in our place where it is installed, had no part in it."
-    )
-    return "\n".join(["```", *shown, "```", "", fill(by_hand)])
-
-
-def cpu_name() -> str:
-    """What this machine's processor calls itself."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:  # not Linux
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return next(iter(names), platform.processor() or "an unnamed CPU")
-
-
-def findings(results: Sequence[Result], training: Sequence[Speed], generation: Sequence[Speed]) -> list[str]:
-    """Three sentences about what was measured."""
-    first, last = results[0], results[-1]
-    best, worst = min(results, key=lambda r: r.bits), max(results, key=lambda r: r.bits)
-    return [
-        f"**After the same training text, new text is cheapest in {best.name}, at {best.bits:.3f} bits per "
-        f"character, and dearest in {worst.name}, at {worst.bits:.3f}; in {first.name} it costs {first.bits:.3f}.**",
-        f"The loss per token could not have told: from {first.name} to {last.name} it goes from "
-        f"{first.nats_per_token:.2f} to {last.nats_per_token:.2f} nats, while a token comes to stand for "
-        f"{first.val_tokens_per_char / last.val_tokens_per_char:.1f} times as much text.",
-        f"{last.name} learns from a character in {1 / training[-1].factor:.2f} times the time and writes one in "
-        f"{1 / generation[-1].factor:.2f} times the time, and pays for it with "
-        f"{last.embedding_params / first.embedding_params:.0f} times as many parameters in its embeddings.",
-    ]
 
 
 def table(columns: dict[str, list[str]]) -> str:
@@ -405,13 +310,9 @@ def table(columns: dict[str, list[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
-def fill(text: str, width: int = 120) -> str:
-    return textwrap.fill(text, width, break_long_words=False, break_on_hyphens=False)
-
-
 def draw(results: Sequence[Result], training: Sequence[Speed], title: str) -> "Figure":
     """The plot: bits per character over characters learned from, and over the seconds that these take."""
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # slow to load: --help must not wait for it
 
     figure = Figure(figsize=(9, 4.5), dpi=130, layout="constrained")
     by_chars, by_seconds = figure.subplots(1, 2, sharey=True)
@@ -431,7 +332,6 @@ def draw(results: Sequence[Result], training: Sequence[Speed], title: str) -> "F
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    argv = sys.argv[1:] if argv is None else list(argv)
     options = parse(Options, "python -m bench.subwords", argv)
     corpus = load_corpus(options.data)
     results = []
@@ -445,15 +345,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\n--- speed")
         training = measure_training(options.engine, results, options.rounds)
         generation, samples = measure_generation(options.engine, results, options.rounds)
-        bpe_speed = measure_bpe(options.data, options.vocab_sizes[len(options.vocab_sizes) // 2])
-    command = shlex.join(["python", "-m", "bench.subwords", *argv])
-    page = write_page(options, corpus, results, training, generation, samples, bpe_speed, command)
     title = f"The same model, the same text, other tokens ({ENGINES[options.engine]}, {corpus.name})"
-    png = io.BytesIO()
-    draw(results, training, title).savefig(png, format="png")
-    write_atomically(options.out / "tokenizers.png", png.getvalue())
-    write_atomically(options.out / "tokenizers.md", page.encode())
-    print(page)
+    write_figure(options.out, draw(results, training, title))
+    for markdown in tables(results, training, generation):
+        print(f"\n{markdown}")
+    for result, text in zip(results, samples, strict=True):
+        print(f"\n### {result.name}\n\n```text\n{text.strip()}\n```")
     return 0
 
 

@@ -1,44 +1,49 @@
 """The clock that the benchmarks share: contenders take turns, and ratios are taken within each round."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from tqdm import tqdm
 
 from common.errors import UserError
 
+Name = TypeVar("Name", bound=Hashable)
+
 
 @contextmanager
 def blas_threads(n: int) -> Iterator[None]:
     """NumPy's BLAS with n threads. PyTorch's threads are its own."""
-    from threadpoolctl import threadpool_limits  # here: without it, run_program says what to do
+    from threadpoolctl import threadpool_limits  # not at the top: without it, run_program says what to do
 
     with threadpool_limits(n, user_api="blas"):
         yield
 
 
-def seconds(function: Callable[[], object]) -> float:
+def seconds(function: Callable[[], object], calls: int = 1) -> float:
+    """How long a call takes: the mean of so many."""
     start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
+    for _ in range(calls):
+        function()
+    return (time.perf_counter() - start) / calls
 
 
 def alternate(
-    contenders: dict[str, Callable[[], object]], rounds: int, calls: int = 1, uncounted: int = 0
-) -> dict[str, np.ndarray]:
+    contenders: Mapping[Name, Callable[[], object]], rounds: int, calls: int = 1, uncounted: int = 0
+) -> dict[Name, np.ndarray]:
     """Seconds of a call of each contender in each round, (rounds,): in a round each has one turn.
 
     A turn is so many calls that are not counted, and then so many that are. Two rounds before warm up.
     """
-    times: dict[str, list[float]] = {name: [] for name in contenders}
+    times: dict[Name, list[float]] = {name: [] for name in contenders}
     for i in tqdm(range(rounds + 2), desc="rounds", leave=False, disable=None):
         for name, function in contenders.items():
             for _ in range(uncounted):
                 function()
-            elapsed = seconds(lambda function=function: [function() for _ in range(calls)]) / calls
+            elapsed = seconds(function, calls)
             if i >= 2:
                 times[name].append(elapsed)
     return {name: np.array(values) for name, values in times.items()}
@@ -53,7 +58,7 @@ def ratio(numerator: np.ndarray, denominator: np.ndarray) -> str:
 def high_water() -> float:
     """The most memory that this process has had, in MB of 1e6 bytes. Raises UserError where the system does not tell.
 
-    It never falls: whoever measures one thing starts a process for it.
+    It never falls, so each thing that is measured needs a process of its own.
     """
     status = Path("/proc/self/status")
     if status.exists():  # Linux, where ru_maxrss starts at the parent's

@@ -11,6 +11,7 @@ import re
 import shlex
 import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from itertools import dropwhile, pairwise, takewhile
 from typing import Any, TypeVar
@@ -81,6 +82,8 @@ def is_rule(line: str) -> bool:
 def run_program(main: Callable[[], int]) -> int:
     """main()'s exit status; or 1 and one line on stderr, if something went wrong that the user can fix."""
     status, message = 1, None
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C is a KeyboardInterrupt again
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # None where there is no console
             stream.reconfigure(errors="backslashreplace")  # a text may have characters that a terminal does not

@@ -4,9 +4,13 @@ import io
 import json
 import os
 import secrets
+import stat
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO, TypeVar
 
 from common.errors import UserError, shorten
 
@@ -16,18 +20,29 @@ if TYPE_CHECKING:
 MAX_JSON_BYTES = 1 << 20
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # how such a file begins
 
+T = TypeVar("T")
+
 
 def write_atomically(path: str | os.PathLike, content: bytes) -> None:
-    """Write `content` to `path` so that a reader, or a crash at any moment, sees the old file or the new one, whole.
-
-    The bytes go to a new name in the same folder, are flushed to the disk, and only then take the final name. The
-    folder is made if it is missing. Raises OSError as any write does; then nothing half-written stays behind.
-    """
+    """Write `content` to `path` as replace_atomically does. The folder is made if it is missing. Raises OSError."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    with replace_atomically(path) as file:
+        file.write(content)
+
+
+@contextmanager
+def replace_atomically(path: Path) -> Iterator[BinaryIO]:
+    """A file to write in, which takes the name `path` when the block ends.
+
+    A reader, or a crash at any moment, sees the old file or the new one, whole: the bytes go to a new name in the same
+    folder, are flushed to the disk, and only then take the final name. A symbolic link of that name is replaced, not
+    followed. Raises OSError as any write does; then nothing half-written stays behind.
+    """
     new = path.with_name(f".{path.name}.{secrets.token_hex(4)}.new")
     try:
-        write_new(new, content)
+        with new_file(new) as file:
+            yield file
         os.replace(new, path)
     except BaseException:  # Ctrl-C too
         new.unlink(missing_ok=True)
@@ -35,12 +50,19 @@ def write_atomically(path: str | os.PathLike, content: bytes) -> None:
     sync_folder(path.parent)
 
 
-def write_new(path: Path, content: bytes) -> None:
-    """Write a file that must not exist yet; it is on the disk when this returns. Raises OSError."""
+@contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write in that must not exist yet; it is on the disk when the block ends. Raises OSError."""
     with open(path, "xb") as file:
-        file.write(content)
+        yield file
         file.flush()
         os.fsync(file.fileno())
+
+
+def write_new(path: Path, content: bytes) -> None:
+    """Write a file that must not exist yet; it is on the disk when this returns. Raises OSError."""
+    with new_file(path) as file:
+        file.write(content)
 
 
 def sync_folder(folder: Path) -> None:
@@ -53,6 +75,11 @@ def sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
+def plot_text(text: str) -> str:
+    """A text for a plot, whose library takes what stands between two $ for a formula, and knows no lone surrogates."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8").replace("$", r"\$")
+
+
 def write_figure(path: Path, figure: "Figure") -> None:
     """Write a matplotlib figure as a PNG, atomically. Needs no display. Raises OSError."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to load: --help must not wait for it
@@ -62,27 +89,20 @@ def write_figure(path: Path, figure: "Figure") -> None:
     write_atomically(path, content.getvalue())
 
 
-def read_bytes(path: str | os.PathLike, expected: str, *, max_bytes: int | None = None) -> bytes:
-    """All bytes of a regular file.
+def open_regular(path: str | os.PathLike, expected: str) -> BinaryIO:
+    """Open a regular file to read it.
 
     Raises UserError, which says what was `expected` there, if there is no such file, if it is a folder, a pipe or a
-    device (which may never end), if it cannot be read, if it has more than `max_bytes`, or if it is only the pointer
-    that Git LFS leaves instead of a large file.
+    device (which may never end), or if it cannot be read. It never waits: not even for a pipe's other end.
     """
     path = Path(path)
     try:
         if path.is_dir():
             raise UserError(f"{path} is a folder: expected {expected}")
-        if path.exists() and not path.is_file():
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            os.close(handle)
             raise UserError(f"{path} is not a regular file: expected {expected}")
-        with open(path, "rb") as file:
-            if max_bytes is None:
-                content = file.read()
-            else:  # read(n) sets n bytes aside, however few there are
-                size = min(os.fstat(file.fileno()).st_size, max_bytes)
-                content = file.read(size + 1)
-                if len(content) > size:  # it grew meanwhile, or is one of /proc's, which have no size
-                    content += file.read(max_bytes - size)
     except UserError:
         raise
     except FileNotFoundError as error:
@@ -91,6 +111,26 @@ def read_bytes(path: str | os.PathLike, expected: str, *, max_bytes: int | None 
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except ValueError as error:
         raise UserError(f"no file can be called {str(path)!r}: {error}") from error
+    return os.fdopen(handle, "rb")
+
+
+def read_bytes(path: str | os.PathLike, expected: str, *, max_bytes: int | None = None) -> bytes:
+    """All bytes of a regular file.
+
+    Raises UserError as open_regular does, or if it has more than `max_bytes`, or if it is only the pointer that Git LFS
+    leaves instead of a large file.
+    """
+    with open_regular(path, expected) as file:
+        try:
+            if max_bytes is None:
+                content = file.read()
+            else:  # read(n) sets n bytes aside, however few there are
+                size = min(os.fstat(file.fileno()).st_size, max_bytes)
+                content = file.read(size + 1)
+                if len(content) > size:  # it grew meanwhile, or is one of /proc's, which have no size
+                    content += file.read(max_bytes - size)
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     if max_bytes is not None and len(content) > max_bytes:
         raise UserError(f"{path} has more than {max_bytes:,} bytes: expected {expected}")
     if content.startswith(LFS_POINTER):
@@ -131,3 +171,15 @@ def unique_names(pairs: list[tuple[str, object]]) -> dict[str, object]:
 def refuse_constant(name: str) -> None:
     """Python's json reads NaN and Infinity, which JSON does not have."""
     raise ValueError(f"{name} is not a number")
+
+
+def build(kind: type[T], values: object, path: Path) -> T:
+    """A dataclass from the object of a JSON file. Raises UserError that names the file and the field."""
+    names = {field.name for field in fields(kind)}  # type: ignore[arg-type]
+    if type(values) is not dict or set(values) != names:
+        wrong = sorted(names ^ set(values)) if type(values) is dict else sorted(names)
+        raise UserError(f"{path}: fields missing or unknown: {shorten(', '.join(wrong))}")
+    try:
+        return kind(**values)
+    except ValueError as error:
+        raise UserError(f"{path}: {str(error)[:200]}") from error  # it quotes the value, which may be long

@@ -1,9 +1,10 @@
-"""What can fail before a program has begun: its imports. One line, or silence, but no traceback.
+"""What can go wrong before a program has begun: its imports. One line, or silence, but no traceback.
 
-A program calls explain_failed_imports(), where it is the one that was started, before its first import of anything
-that must be installed.
+A program calls prepare_imports(), if it is the one that was started, before its first import of anything that must be
+installed.
 """
 
+import signal
 import sys
 from pathlib import Path
 from types import TracebackType
@@ -11,18 +12,21 @@ from types import TracebackType
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def explain_failed_imports() -> None:
-    """From now on, a missing package ends this process with one line, and Ctrl-C without any; see common.cli for what
-    comes after the imports.
+def prepare_imports() -> None:
+    """From now on, a missing package ends this process with one line, and Ctrl-C ends it without any.
+
+    Packages may take seconds to load. After the imports, common.cli.run_program takes over.
     """
     sys.excepthook = explain
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where it is ignored, as in the background
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def explain(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """An excepthook."""
     if isinstance(error, ModuleNotFoundError) and can_be_installed(error.name):
         print(f"error: {how_to_install(error.name)}", file=sys.stderr)
-    elif not isinstance(error, KeyboardInterrupt):
+    else:
         sys.__excepthook__(kind, error, trace)
 
 

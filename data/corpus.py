@@ -21,10 +21,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated
 
-from common.startup import explain_failed_imports
+from common.startup import prepare_imports
 
 if __name__ == "__main__":
-    explain_failed_imports()
+    prepare_imports()
 
 import tyro
 from tqdm import tqdm

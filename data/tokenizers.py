@@ -21,10 +21,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Protocol
 
-from common.startup import explain_failed_imports
+from common.startup import prepare_imports
 
 if __name__ == "__main__":
-    explain_failed_imports()
+    prepare_imports()
 
 import numpy as np
 import tyro

@@ -66,7 +66,7 @@ class Symbol(str):
 
 @dataclass(frozen=True)
 class Alternative:
-    """One way to go on: with this probability, these parts in turn; the first part is always literal text."""
+    """One way to continue: with this probability, these parts in turn. The first part is always literal text."""
 
     probability: float
     parts: tuple[str, ...]
@@ -172,7 +172,7 @@ def write(num_chars: int = NUM_CHARS, seed: int = SEED) -> str:
     bounds = {name: list(accumulate(way.probability for way in rule)) for name, rule in rules.items()}
     rng = np.random.default_rng(seed)
     pieces, length = [], 0
-    to_come: list[str | Symbol] = []  # what is still to be written, the next part last
+    to_come: list[str] = []  # what is still to be written, the next part last
     while length < num_chars:
         part = to_come.pop() if to_come else START
         if isinstance(part, Symbol):
@@ -194,30 +194,30 @@ def log_prob(text: str) -> float:
     """
     rules = grammar()
     total, at = 0.0, 0
-    to_come: list[str | Symbol] = []
+    to_come: list[str] = []
     while at < len(text):
         part = to_come.pop() if to_come else START
         if isinstance(part, Symbol):
-            possible = [way for way in rules[part] if goes_on(text, at, way.opening)]
+            possible = [way for way in rules[part] if continues(text, at, way.opening)]
             if not possible:
                 raise refusal(text, at, [way.opening for way in rules[part]])
             total += math.log(sum(way.probability for way in possible))
             # Several are possible only where the text ends within their openings; then no later part counts.
             to_come += reversed(possible[0].parts)
-        elif goes_on(text, at, part):
+        elif continues(text, at, part):
             at += len(part)
         else:
             raise refusal(text, at, [part])
     return total
 
 
-def goes_on(text: str, at: int, literal: str) -> bool:
-    """Whether `text` goes on at `at` with `literal`, or with as much of it as the text has left."""
+def continues(text: str, at: int, literal: str) -> bool:
+    """Whether `text` continues at `at` with `literal`, or with as much of it as the text has left."""
     return literal.startswith(text[at : at + len(literal)])
 
 
 def refusal(text: str, at: int, expected: list[str]) -> UserError:
-    """The error for a text that does not go on, at `at`, with any of the expected literals; it names the character."""
+    """The error, which names the character, for a text that continues at `at` with none of the expected literals."""
     end = at
     while any(literal.startswith(text[at : end + 1]) for literal in expected):
         end += 1

@@ -8,6 +8,7 @@
     gradients.png         the gradient's norm in every tensor, for one batch, before training and after
     first_steps.png       the gradient's norm in every tensor over the first updates of training, which are made again
     grad_norm.png         the norm of the whole gradient over the steps of training
+    newton_schulz.png     what each of Muon's five steps makes of the singular values of one gradient
     probabilities.png     what the model expects next, along the prompt, and how surprised it is
     sampling.png          what temperature and top-k do to the distribution after the prompt
     embedding.png         the rows of wte.weight, projected to two dimensions
@@ -17,17 +18,16 @@ numpygpt.softmax_forward returned while the model ran, and the frequencies of sa
 """
 
 import io
-import math
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.startup import explain_failed_imports
+from common.startup import prepare_imports
 
 if __name__ == "__main__":
-    explain_failed_imports()
+    prepare_imports()
 
 import numpy as np
 import tyro
@@ -40,9 +40,10 @@ from data.corpus import Corpus, load_corpus
 from data.text import normalize_text
 from data.tokenizers import Tokenizer
 from learn.trace import Trace, trace_numpy
-from numpygpt import GPT, AdamW, GPTConfig, Params, clip_grad_norm
+from numpygpt import GPT, GPTConfig, Params, clip_grad_norm
 from sample import load_for_sampling
-from training.batches import Batches, step_rng
+from train_numpy import NumpyEngine
+from training.batches import Batches
 from training.config import TrainConfig, learning_rate
 from training.metrics import read_metrics
 from training.run import METRICS, NO_CORPUS, RunConfig, read_config
@@ -118,7 +119,9 @@ def load_subject(run: Path, prompt: str | None) -> Subject:
     left_out = {}
     if corpus is None or was_imported(settings):
         why = "its weights were imported" if was_imported(settings) else f"{settings.training.data} has changed since"
-        left_out = dict.fromkeys(("gradients", "first_steps"), f"the run's beginning cannot be made again: {why}")
+        left_out = dict.fromkeys(
+            ("gradients", "first_steps", "newton_schulz"), f"the run's beginning cannot be made again: {why}"
+        )
     if not any("grad_norm" in line for line in metrics):
         left_out["grad_norm"] = f"{METRICS} has no gradients yet"
     return Subject(config, weights, tokenizer, settings.training, metrics, train_tokens, ids, trace, left_out)
@@ -187,7 +190,7 @@ def draw_map(axes: "Axes", values: np.ndarray, labels: list[str], *, rows: bool,
 
 
 def draw_mask(subject: Subject) -> "Figure":
-    """Left and middle: one head's scores with the mask, and what the softmax makes of them. Right: causal_blocks."""
+    """Left and middle: one head's scores with the mask, and what the softmax makes of them. Right: causal_tiles."""
     n = min(8, len(subject.ids) - 1)
     labels = subject.labels(subject.ids[:n])
     att, probs = (subject.trace.forward[f"h.0.attn.{name}"][0, 0, :n, :n] for name in ("att", "probs"))
@@ -212,12 +215,11 @@ def draw_mask(subject: Subject) -> "Figure":
             dark = s <= t and abs(value) > (0.6 if axes is middle else 0.6 * largest)
             axes.text(s, t, text, ha="center", va="center", fontsize=8, color="white" if dark else "black")
 
-    T = 4 * numpygpt.ATTENTION_BLOCK
+    T = 4 * numpygpt.ATTENTION_TILE
     kind = np.zeros((T, T))  # 0 never computed, 1 computed and masked, 2 used
-    for rows, keys in numpygpt.causal_blocks(T, T):
-        scores = np.zeros((1, 1, rows.stop - rows.start, keys.stop))
-        numpygpt.mask_future(scores)
-        kind[rows, keys] = np.where(np.isneginf(scores[0, 0]), 1, 2)
+    for queries, keys in numpygpt.causal_tiles(T, T):
+        kind[queries, keys] = 1
+    kind[np.tri(T, dtype=bool)] += 1
     right.imshow(kind, cmap="Blues", vmin=0, vmax=3, interpolation="nearest")
     right.set_xticks(np.arange(0, T + 1, T // 4))
     right.set_yticks(np.arange(0, T + 1, T // 4))
@@ -273,17 +275,15 @@ def first_norms(subject: Subject) -> dict[str, list[float]]:
     config, training = subject.config, subject.training
     batch_size = min(training.batch_size, MAX_BATCH)
     batches = Batches(subject.train_tokens, config.block_size, batch_size, training.seed)
-    model = GPT(config, seed=training.seed)
-    optimizer = AdamW(model.params, betas=(training.beta1, training.beta2), weight_decay=training.weight_decay)
-    affordable = int(MAX_WORK / (model.num_params() * batch_size * config.block_size))
-    norms: dict[str, list[float]] = {name: [] for name in model.params}
+    engine = NumpyEngine(config, replace(training, dtype="float32"), threads=1)
+    affordable = int(MAX_WORK / (engine.num_params() * batch_size * config.block_size))
+    norms: dict[str, list[float]] = {name: [] for name in engine.gpt.params}
     for step in range(min(training.max_steps, max(MIN_STEPS, min(FIRST_STEPS, affordable)))):
-        rng = step_rng(training.seed, step, "dropout") if config.dropout else None
-        _, grads = model.loss_and_grads(*batches.at(step), rng=rng)
+        _, grads = engine.loss_and_grads(step, [batches.at(step)])
         for name, grad in grads.items():
             norms[name].append(float(np.linalg.norm(grad)))
-        clip_grad_norm(grads, training.grad_clip or math.inf)
-        optimizer.step(grads, learning_rate(step, training))
+        clip_grad_norm(grads, engine.grad_clip)
+        engine.update(grads, learning_rate(step, training))
     return norms
 
 
@@ -336,12 +336,44 @@ def draw_grad_norm(subject: Subject) -> "Figure":
     return figure
 
 
+def draw_newton_schulz(subject: Subject) -> "Figure":
+    """Muon's five steps. Left: what they make of any singular value. Right: of those of one matrix's gradient."""
+    from matplotlib import colormaps
+
+    config, training = subject.config, subject.training
+    batch_size = min(training.batch_size, MAX_BATCH)
+    batch = Batches(subject.train_tokens, config.block_size, batch_size, training.seed).at(0)
+    name = "h.0.mlp.c_fc.weight"
+    grad = GPT(config, subject.weights).loss_and_grads(*batch)[1][name]
+    s = np.geomspace(1e-4, 1, 500)
+    pairs = np.zeros((len(s), 2, 2))  # of norm 1, so that s stays s when orthogonalize divides by the norm
+    pairs[:, 0, 0], pairs[:, 1, 1] = s, np.sqrt(1 - s**2)
+    figure = new_figure(10, 4.2)
+    left, right = figure.subplots(1, 2, sharey=True)
+    for steps in range(6):
+        color, label = colormaps["viridis"](steps / 5.5), str(steps)
+        left.loglog(s, numpygpt.orthogonalize(pairs, steps)[:, 0, 0], color=color, label=label)
+        singular_values = np.linalg.svd(numpygpt.orthogonalize(grad, steps), compute_uv=False)
+        right.plot(np.arange(1, len(singular_values) + 1), singular_values, ".-", color=color, label=label)
+    left.set_ylim(1e-4, 2)
+    left.set_xlabel("a singular value, divided by the norm of the matrix")
+    left.set_ylabel("what it becomes")
+    right.set_xlabel("the singular values, from the largest to the smallest")
+    left.set_title("any matrix", fontsize=11)
+    right.set_title(f"the gradient of {name}", fontsize=11)
+    right.legend(title="steps", fontsize=9)
+    for axes in (left, right):
+        axes.axhline(1, color="0.5", linewidth=0.8, linestyle="--")
+        axes.grid(alpha=0.3)
+    return figure
+
+
 def draw_probabilities(subject: Subject) -> "Figure":
     """For each token of the prompt the likeliest next ones, and the surprise at the one that came."""
     from matplotlib.patches import Rectangle
 
     logits, targets = subject.trace.forward["logits"][0], subject.ids[1:]
-    probs = numpygpt.softmax_forward(logits.copy())  # (T, V)
+    probs = numpygpt.softmax_forward(logits)  # (T, V)
     T, ranks = len(targets), min(5, probs.shape[1])
     best = np.argsort(-probs, axis=-1, kind="stable")[:, :ranks]
     figure = new_figure(12, 4.2)
@@ -376,7 +408,7 @@ def draw_probabilities(subject: Subject) -> "Figure":
 def draw_sampling(subject: Subject) -> "Figure":
     """Frequencies of the next token in many draws of numpygpt.sample, with four settings, where it is least certain."""
     logits = subject.trace.forward["logits"][0]
-    probs = numpygpt.softmax_forward(logits.copy())
+    probs = numpygpt.softmax_forward(logits)
     entropy = -(probs * np.log(np.maximum(probs, 1e-300))).sum(axis=-1)
     t = int(entropy.argmax())
     shown = np.argsort(-probs[t], kind="stable")[:16]
@@ -457,6 +489,7 @@ PICTURES: dict[str, Callable[[Subject], "Figure"]] = {
     "gradients": draw_gradients,
     "first_steps": draw_first_steps,
     "grad_norm": draw_grad_norm,
+    "newton_schulz": draw_newton_schulz,
     "probabilities": draw_probabilities,
     "sampling": draw_sampling,
     "embedding": draw_embedding,

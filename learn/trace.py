@@ -22,13 +22,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 from unittest import mock
 
-from common.startup import explain_failed_imports
+from common.startup import prepare_imports
 
 if __name__ == "__main__":
-    explain_failed_imports()
+    prepare_imports()
 
 import numpy as np
 import tyro
@@ -37,14 +37,14 @@ import numpygpt
 from common.cli import parse, run_program
 from common.errors import UserError
 from data.text import normalize_text
-from data.tokenizers import CharTokenizer
+from data.tokenizers import CharTokenizer, Tokenizer
 from numpygpt import GPTConfig, Params
 from training.run import load_run
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-SIZES = {"n_layer": 2, "n_head": 2, "n_embd": 8}  # of the model without a run
+SIZES: dict[str, Any] = {"n_layer": 2, "n_head": 2, "n_embd": 8}  # of the model without a run
 FIRST_VALUES = 3
 
 Arrays = dict[str, np.ndarray]
@@ -118,13 +118,13 @@ def names_around(layer: str, config: GPTConfig) -> tuple[str, str]:
 class NumpyRecorder:
     """Stands in for numpygpt's functions while one model runs: each method calls the function of its name, and keeps.
 
-    Attention is computed in one block, so that `att` is one tensor (B, nh, T, T).
+    Attention is computed in one tile, so that `att` is one tensor (B, nh, T, T).
     """
 
-    WATCHED = (
+    WATCHED: tuple[str, ...] = (
         *("layernorm_forward", "layernorm_backward", "linear_forward", "linear_backward"),
         *("softmax_forward", "softmax_backward", "attention_forward", "attention_backward"),
-        *("block_backward", "cross_entropy_forward"),
+        *("scaled_dot_product_attention_forward", "block_backward", "cross_entropy_forward"),
     )
 
     def __init__(self, model: numpygpt.GPT) -> None:
@@ -137,7 +137,7 @@ class NumpyRecorder:
     def watching(self) -> Iterator[None]:
         """Inside, numpygpt calls the methods of this recorder."""
         stand_ins = {name: getattr(self, name) for name in self.WATCHED}
-        with mock.patch.multiple(numpygpt, ATTENTION_BLOCK=self.config.block_size, **stand_ins):
+        with mock.patch.multiple(numpygpt, ATTENTION_TILE=self.config.block_size, **stand_ins):
             yield
 
     def around(self, weight: np.ndarray) -> tuple[str, str]:
@@ -150,30 +150,30 @@ class NumpyRecorder:
         self.trace.backward[name] = np.array(value)
 
     def layernorm_forward(self, x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None) -> tuple:
-        out, cache = self.original["layernorm_forward"](x, weight, bias)
+        out, saved = self.original["layernorm_forward"](x, weight, bias)
         goes_in, comes_out = self.around(weight)
         self.keep(goes_in, x)
         self.keep(comes_out, out)
-        return out, cache
+        return out, saved
 
-    def layernorm_backward(self, dout: np.ndarray, cache: tuple) -> tuple:
-        dx, dweight, dbias = self.original["layernorm_backward"](dout, cache)
-        goes_in, comes_out = self.around(cache[2])
+    def layernorm_backward(self, dout: np.ndarray, saved: tuple) -> tuple:
+        dx, dweight, dbias = self.original["layernorm_backward"](dout, saved)
+        goes_in, comes_out = self.around(saved[2])
         self.keep_grad(comes_out, dout)
         if comes_out == "x (ln_f)":  # around the others leads the residual stream: their dx is not all of it
             self.keep_grad(goes_in, dx)
         return dx, dweight, dbias
 
     def linear_forward(self, x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None) -> tuple:
-        out, cache = self.original["linear_forward"](x, weight, bias)
+        out, saved = self.original["linear_forward"](x, weight, bias)
         goes_in, comes_out = self.around(weight)
         self.keep(goes_in, x)
         self.keep(comes_out, out)
-        return out, cache
+        return out, saved
 
-    def linear_backward(self, dout: np.ndarray, cache: tuple) -> tuple:
-        dx, dweight, dbias = self.original["linear_backward"](dout, cache)
-        goes_in, comes_out = self.around(cache[1])
+    def linear_backward(self, dout: np.ndarray, saved: tuple) -> tuple:
+        dx, dweight, dbias = self.original["linear_backward"](dout, saved)
+        goes_in, comes_out = self.around(saved[1])
         self.keep_grad(comes_out, dout)
         self.keep_grad(goes_in, dx)
         if comes_out.endswith("attn.qkv"):
@@ -196,31 +196,34 @@ class NumpyRecorder:
         self.keep_grad(self.attention + "att", datt)
         return datt
 
+    def scaled_dot_product_attention_forward(self, q: np.ndarray, k: np.ndarray, v: np.ndarray, *rest: object) -> tuple:
+        for name, head in {"q": q, "k": k, "v": v}.items():
+            self.keep(self.attention + name, head)
+        return self.original["scaled_dot_product_attention_forward"](q, k, v, *rest)
+
     def attention_forward(self, x: np.ndarray, p: Params, *rest: object) -> tuple:
         self.attention = self.layers[id(p["c_attn.weight"])].removesuffix("c_attn")
-        out, cache = self.original["attention_forward"](x, p, *rest)
-        for name, head in zip("qkv", cache[1:4], strict=True):
-            self.keep(self.attention + name, head)
-        self.attention = ""
-        return out, cache
-
-    def attention_backward(self, dout: np.ndarray, cache: tuple) -> tuple:
-        self.attention = self.layers[id(cache[0][1])].removesuffix("c_attn")
-        self.keep_grad(self.attention.removesuffix("attn.") + "x (attn added)", dout)
-        result = self.original["attention_backward"](dout, cache)
+        result = self.original["attention_forward"](x, p, *rest)
         self.attention = ""
         return result
 
-    def block_backward(self, dx: np.ndarray, cache: tuple) -> tuple:
-        dx, grads = self.original["block_backward"](dx, cache)
-        goes_in, _ = self.around(cache[0][2])
+    def attention_backward(self, dout: np.ndarray, saved: tuple) -> tuple:
+        self.attention = self.layers[id(saved[0][1])].removesuffix("c_attn")
+        self.keep_grad(self.attention.removesuffix("attn.") + "x (attn added)", dout)
+        result = self.original["attention_backward"](dout, saved)
+        self.attention = ""
+        return result
+
+    def block_backward(self, dx: np.ndarray, saved: tuple) -> tuple:
+        dx, grads = self.original["block_backward"](dx, saved)
+        goes_in, _ = self.around(saved[0][2])
         self.keep_grad(goes_in, dx)
         return dx, grads
 
     def cross_entropy_forward(self, logits: np.ndarray, targets: np.ndarray, count: int) -> tuple:
-        loss, cache = self.original["cross_entropy_forward"](logits, targets, count)
+        loss, saved = self.original["cross_entropy_forward"](logits, targets, count)
         self.keep("loss", loss)
-        return loss, cache
+        return loss, saved
 
 
 def trace_numpy(config: GPTConfig, weights: Params, idx: np.ndarray, targets: np.ndarray) -> Trace:
@@ -254,9 +257,7 @@ def trace_torch(config: GPTConfig, weights: Params, idx: np.ndarray, targets: np
 
         attention = ""
 
-        def __torch_function__(
-            self, func: object, types: object, args: tuple = (), kwargs: dict | None = None
-        ) -> object:
+        def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
             kwargs = kwargs or {}
             result = func(*args, **kwargs)
             if func.__name__ in ("linear", "layer_norm"):
@@ -278,7 +279,7 @@ def trace_torch(config: GPTConfig, weights: Params, idx: np.ndarray, targets: np
         _, loss = model(torch.from_numpy(idx), torch.from_numpy(targets))
     trace.forward["loss"] = loss.detach().numpy()
     loss.backward()
-    trace.grads.update({name: param.grad.numpy() for name, param in model.named_parameters()})
+    trace.grads.update({name: param.grad.numpy() for name, param in model.named_parameters() if param.grad is not None})
     return trace
 
 
@@ -306,8 +307,8 @@ def table(numpy_trace: Trace, torch_trace: Trace, config: GPTConfig) -> Iterator
         "backward": (backward, numpy_trace.backward, torch_trace.backward),
         "gradients of the parameters": (list(numpy_trace.grads), numpy_trace.grads, torch_trace.grads),
     }
-    lines = [("tensor", "shape", "  NumPy, first values", "  PyTorch, first values", "apart by")]
-    apart = {}
+    lines: list[tuple[str, ...]] = [("tensor", "shape", "  NumPy, first values", "  PyTorch, first values", "apart by")]
+    apart: dict[str, float] = {}
     for part, (part_names, numpy_arrays, torch_arrays) in parts.items():
         lines += [(), (part,)]
         for name in part_names:
@@ -317,7 +318,7 @@ def table(numpy_trace: Trace, torch_trace: Trace, config: GPTConfig) -> Iterator
     widths = [max(map(len, column)) + 2 for column in zip(*(line for line in lines if len(line) > 1), strict=True)]
     for line in lines:
         yield "".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=False)).rstrip()
-    worst = max(apart, key=apart.get)
+    worst = max(apart, key=apart.__getitem__)
     yield ""
     yield f"{len(apart)} tensors, none of which is further apart than {worst}: {apart[worst]:.1e}"
 
@@ -330,8 +331,8 @@ def example(options: Options) -> tuple[GPTConfig, Params, np.ndarray]:
     if len(text) < 2:
         raise UserError(f"text must have at least two tokens, got {text!r}")
     if options.run is None:
-        tokenizer = CharTokenizer.from_text(text)
-        config = GPTConfig(tokenizer.vocab_size, len(text) - 1, **SIZES, dropout=0.0)
+        tokenizer: Tokenizer = CharTokenizer.from_text(text)
+        config = GPTConfig(tokenizer.vocab_size, len(text) - 1, dropout=0.0, **SIZES)
         weights = numpygpt.init_params(config, options.seed, np.float64)
     else:
         config, weights, tokenizer = load_run(options.run)
@@ -346,8 +347,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse(Options, "python -m learn.trace", argv)
     config, weights, ids = example(options)
     idx, targets = ids[None, :-1], ids[None, 1:]
-    traces = [trace(config, weights, idx, targets) for trace in (trace_numpy, trace_torch)]
-    for line in table(*traces, config):
+    numpy_trace, torch_trace = (trace(config, weights, idx, targets) for trace in (trace_numpy, trace_torch))
+    for line in table(numpy_trace, torch_trace, config):
         print(line)
     return 0
 

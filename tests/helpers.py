@@ -214,9 +214,9 @@ def generate(model: object, idx: np.ndarray, max_new_tokens: int, **options: obj
 
 
 @contextmanager
-def blocks_of(queries: int) -> Iterator[None]:
-    """Attention in blocks of so few queries that even short sequences cross their edges."""
-    with mock.patch.object(numpygpt, "ATTENTION_BLOCK", queries):
+def tiles_of(queries: int) -> Iterator[None]:
+    """Attention in tiles of so few queries that even short sequences cross their edges."""
+    with mock.patch.object(numpygpt, "ATTENTION_TILE", queries):
         yield
 
 
@@ -228,13 +228,13 @@ def uncancelled_scales(model: numpygpt.GPT, idx: np.ndarray, targets: np.ndarray
     without their cancellation, softmax + onehot, each times a random number.
     """
     idx, targets, count = numpygpt.check_batch(model.config, np.asarray(idx), np.asarray(targets))
-    logits, caches = model._logits(idx, None, keep_caches=True)
-    terms = numpygpt.softmax_forward(logits.copy())
+    logits, saved = numpygpt.gpt_forward(idx, model.params, model.config)
+    terms = numpygpt.softmax_forward(logits)
     rows, columns = np.nonzero(targets >= 0)
     terms[rows, columns, targets[rows, columns]] += 1
     terms[targets < 0] = 0
     terms *= np.random.default_rng(0).standard_normal(terms.shape)
-    return {name: rms(grad) for name, grad in model._backward(terms / count, caches).items()}
+    return {name: rms(grad) for name, grad in numpygpt.gpt_backward(terms / count, saved).items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -245,65 +245,6 @@ def train_config(**fields: object) -> TrainConfig:
     """A recipe of 100 steps, in float64, with these fields instead of its own."""
     usual = {"max_steps": 100, "batch_size": 4, "learning_rate": 1.0, "min_lr": 0.1, "warmup_steps": 10}
     return TrainConfig(**{**usual, "eval_interval": 10, "dtype": "float64", **fields})
-
-
-class Learner:
-    """Either engine with its optimizer, as the trainers use them, without what else a trainer does.
-
-    Both start from the weights that the seed gives them. PyTorch's attention is explicit, so that dropout masks can be
-    played back.
-    """
-
-    def __init__(self, engine: str, config: numpygpt.GPTConfig, training: TrainConfig) -> None:
-        self.engine, self.training = engine, training
-        betas, weight_decay = (training.beta1, training.beta2), training.weight_decay
-        if engine == "numpy":
-            self.gpt = numpygpt.GPT(config, seed=training.seed, dtype=np.dtype(training.dtype).type)
-            self.optimizer = numpygpt.AdamW(self.gpt.params, betas=betas, weight_decay=weight_decay)
-            return
-        dtype = getattr(torch, training.dtype)
-        self.gpt = torchgpt.GPT(config, seed=training.seed, dtype=dtype, attention="explicit").train()
-        groups = [
-            {"params": [p for p in self.gpt.parameters() if p.ndim >= 2], "weight_decay": weight_decay},
-            {"params": [p for p in self.gpt.parameters() if p.ndim < 2], "weight_decay": 0.0},
-        ]
-        self.optimizer = torch.optim.AdamW(groups, betas=betas)
-
-    def train_step(self, micro_batches: list, lr: float, rng: np.random.Generator | None = None) -> tuple[float, float]:
-        """Loss of the whole batch, and the norm of its gradient before clipping. rng: NumPy's dropout."""
-        count, loss, max_norm = sum(targets.size for _, targets in micro_batches), 0.0, self.training.grad_clip
-        if self.engine == "numpy":
-            grads = {name: np.zeros_like(param) for name, param in self.gpt.params.items()}
-            for idx, targets in micro_batches:
-                part_loss, part = self.gpt.loss_and_grads(idx, targets, rng=rng, count=count)
-                loss += float(part_loss)
-                for name, grad in part.items():
-                    grads[name] += grad
-            norm = numpygpt.clip_grad_norm(grads, max_norm)
-            self.optimizer.step(grads, lr)
-            return loss, norm
-        self.optimizer.zero_grad()
-        for idx, targets in micro_batches:
-            part_loss = self.gpt(ids_tensor(idx), ids_tensor(targets))[1] * (targets.size / count)
-            part_loss.backward()
-            loss += part_loss.item()
-        norm = torch.nn.utils.clip_grad_norm_(self.gpt.parameters(), max_norm).item()
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        return loss, norm
-
-    def state(self) -> dict[str, Arrays]:
-        """Weights, m and v, by name."""
-        if self.engine == "numpy":
-            return {"weights": self.gpt.params, "m": self.optimizer.m, "v": self.optimizer.v}
-        named = dict(self.gpt.named_parameters())
-        moments = {name: self.optimizer.state[param] for name, param in named.items()}
-        return {
-            "weights": {name: param.detach().numpy() for name, param in named.items()},
-            "m": {name: state["exp_avg"].numpy() for name, state in moments.items()},
-            "v": {name: state["exp_avg_sq"].numpy() for name, state in moments.items()},
-        }
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Measure how far the engines are apart, and write it down: docs/parity.md and docs/parity.png.
 
     python -m tests.report
-    python -m tests.report --only-mutants       the list of mutants anew, and nothing measured
+    python -m tests.report --only-mutants       only the list of mutants; nothing is measured
 
 Runs the suite's own parity tests over many random models, and reports the largest error that each tensor had in any of
 them. What the tests allow stands beside it.
@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from textwrap import fill
 
-from common.startup import explain_failed_imports
+from common.startup import prepare_imports
 
 if __name__ == "__main__":
-    explain_failed_imports()
+    prepare_imports()
 
 import numpy as np
 from hypothesis import settings
@@ -34,7 +34,7 @@ class Options:
     """Measure how far the engines are apart, and write docs/parity.md."""
 
     examples: int = 200  # random models for each comparison
-    only_mutants: bool = False  # measure nothing: write the list of mutants anew and keep the rest of the page
+    only_mutants: bool = False  # measure nothing: write the list of mutants and keep the rest of the page
 
 
 KINDS = [
@@ -125,7 +125,7 @@ def page(measured: dict[str, dict[str, float]], examples: int) -> str:
 
     from tests import test_layers, test_model
 
-    witnesses = {
+    references = {
         "PyTorch, float64": measured["NumPy and PyTorch, float64"],
         "Hugging Face, float64": measured["NumPy and Hugging Face, float64"],
         "with dropout, float64": measured["the model with dropout, float64"],
@@ -137,8 +137,8 @@ def page(measured: dict[str, dict[str, float]], examples: int) -> str:
         "PyTorch, float32": measured["float32: PyTorch"],
     }
     whole = table(
-        ["tensor", *witnesses],
-        [[f"`{kind}`", *(number(errors, kind) for errors in witnesses.values())] for kind in KINDS],
+        ["tensor", *references],
+        [[f"`{kind}`", *(number(errors, kind) for errors in references.values())] for kind in KINDS],
     )
     layers = table(
         ["layer", "PyTorch, float64", "finite differences, float64", "NumPy, float32", "PyTorch, float32"],
@@ -181,9 +181,10 @@ float64 and 1.2e-7 in float32.
 
 ## The whole model
 
-Gradients, and logits and loss, of NumPy's model against a witness. The last two columns compare each engine's float32
-with float64. NumPy's rounding is of the same order as PyTorch's: from {min(float32):.1f} to {max(float32):.1f} times,
-tensor by tensor. With dropout, PyTorch drops what NumPy dropped; Hugging Face's model is compared without.
+Gradients, and logits and loss, of NumPy's model against an independent one. The last two columns compare each engine's
+float32 with float64. NumPy's rounding is of the same order as PyTorch's: from {min(float32):.1f} to
+{max(float32):.1f} times, tensor by tensor. With dropout, PyTorch drops what NumPy dropped; Hugging Face's model is
+compared without.
 
 {whole}
 

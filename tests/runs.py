@@ -1,5 +1,6 @@
 """Small training runs for the tests of training/, the trainers and sample.py."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,11 +8,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file
 
 import train_numpy
 import train_torch
 from common.cli import run_program
 from data import verse
+from numpygpt import GPTConfig
+from training import loop
+from training.config import TrainConfig
 from training.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,6 +40,22 @@ SMALL = {
     "--log-interval": 1,
     "--threads": 1,
 }
+
+
+def make_engine(
+    kind: str, model: GPTConfig, training: TrainConfig, **device: object
+) -> "train_numpy.NumpyEngine | train_torch.TorchEngine":
+    """What a trainer trains with. device: fields of PyTorch's DeviceFlags, by default the plainest."""
+    if kind == "numpy":
+        return train_numpy.NumpyEngine(model, training, threads=1)
+    return train_torch.TorchEngine(model, training, train_torch.DeviceFlags(**{"device": "cpu"} | device))
+
+
+def skip_what_is_slow(patch: pytest.MonkeyPatch) -> None:
+    """Pictures and samples take longer than the runs, and are tested elsewhere."""
+    patch.setattr(loop, "draw_losses", lambda *_: None)
+    for trainer in (train_numpy, train_torch):
+        patch.setattr(trainer, "show_sample", lambda *_: None)
 
 
 def write_text(folder: Path, num_chars: int = 4000) -> Path:
@@ -92,6 +114,20 @@ def command(program: str, *argv: object, **options: object) -> subprocess.Comple
         options["stdin"] = subprocess.DEVNULL
     argv = [sys.executable, ROOT / program, *map(str, argv)]
     return subprocess.run(argv, capture_output=True, encoding="utf-8", timeout=120, **options)
+
+
+def state(path: Path) -> dict:
+    """The state in a checkpoint."""
+    with safe_open(path, "numpy") as file:
+        return json.loads(file.metadata()["state"])
+
+
+def content(run_dir: Path) -> dict[str, object]:
+    """Everything that a run came to, to the bit, without the clock."""
+    files = sorted(run_dir.glob("*.safetensors"))
+    tensors = {path.name: {name: array.tobytes() for name, array in load_file(path).items()} for path in files}
+    states = {path.name: {k: v for k, v in state(path).items() if k != "seconds"} for path in files}
+    return {"tensors": tensors, "states": states, "metrics": measured(run_dir)}
 
 
 def measured(run_dir: Path) -> list[dict]:

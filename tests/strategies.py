@@ -35,13 +35,13 @@ def configs(
 
 @dataclass
 class Example:
-    """One model in float64, with one batch, and how NumPy shall cut attention into blocks."""
+    """One model in float64, with one batch, and how NumPy cuts attention into tiles."""
 
     config: GPTConfig
     params: Arrays
     idx: np.ndarray
     targets: np.ndarray
-    attention_block: int
+    attention_tile: int
     description: str
 
     def __repr__(self) -> str:
@@ -61,7 +61,7 @@ def examples(draw: st.DrawFn, gains: tuple[float, ...] = (FRESH, USUAL)) -> Exam
         ids=draw(st.sampled_from(["random", "equal", "ends"])),
         ignored=draw(st.sampled_from(["none", "some", "but one"])),
         layout=draw(st.sampled_from(["C", "F", "strided", "int32", "uint8"])),
-        attention_block=draw(st.sampled_from([64, 1, 2, 3, 5])),
+        attention_tile=draw(st.sampled_from([64, 1, 2, 3, 5])),
     )
 
 
@@ -75,7 +75,7 @@ def make_example(
     ids: str = "random",
     ignored: str = "some",
     layout: str = "C",
-    attention_block: int = 3,
+    attention_tile: int = 3,
 ) -> Example:
     """Weights and a batch. ids: random, all equal, or only the first and the last of the vocabulary; ignored: which
     targets are -1; layout: see lay_out."""
@@ -96,8 +96,8 @@ def make_example(
         random_weights(config, seed, gain),
         lay_out(idx, layout),
         lay_out(targets, "int32" if layout == "uint8" else layout),  # an unsigned type has no -1
-        attention_block,
-        f"gain={gain}, seed={seed}, layout={layout}, attention_block={attention_block}",
+        attention_tile,
+        f"gain={gain}, seed={seed}, layout={layout}, attention_tile={attention_tile}",
     )
 
 
@@ -112,7 +112,7 @@ def lay_out(ids: np.ndarray, layout: str) -> np.ndarray:
     return np.ascontiguousarray(ids, {"int32": np.int32, "uint8": np.uint8}.get(layout, np.int64))
 
 
-# In every run, whatever else is drawn: several layers and heads, blocks of attention with a rest, ignored targets.
+# In every run, whatever else is drawn: several layers and heads, tiles of attention with a rest, ignored targets.
 TYPICAL = [
     make_example(GPTConfig(vocab_size=13, block_size=9, n_layer=2, n_head=2, n_embd=6, dropout=0.0, bias=bias))
     for bias in (True, False)

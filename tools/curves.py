@@ -8,23 +8,22 @@ Two engines that start from the same seed see the same weights and the same batc
 is rounding.
 """
 
-import io
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.startup import explain_failed_imports
+from common.startup import prepare_imports
 
 if __name__ == "__main__":
-    explain_failed_imports()
+    prepare_imports()
 
 import numpy as np
 import tyro
 
 from common.cli import parse, run_program
 from common.errors import UserError
-from common.files import write_atomically
+from common.files import plot_text, write_figure
 from training.metrics import read_metrics
 
 
@@ -47,8 +46,7 @@ def batch_losses(run: Path) -> dict[int, float]:
 
 def draw(first: Path, second: Path, out: Path) -> float:
     """Draw both curves over the steps that both runs measured -> the largest relative difference between them."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # here: it takes longer to load than --help may take
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # slow to load: --help must not wait for it
 
     a, b = batch_losses(first), batch_losses(second)
     steps = sorted(a.keys() & b.keys())
@@ -59,8 +57,8 @@ def draw(first: Path, second: Path, out: Path) -> float:
 
     figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
-    above.plot(steps, losses_a, color="tab:blue", linewidth=3.5, alpha=0.4, label=first.name)
-    above.plot(steps, losses_b, color="tab:red", linewidth=0.9, label=second.name)
+    above.plot(steps, losses_a, color="tab:blue", linewidth=3.5, alpha=0.4, label=plot_text(first.name))
+    above.plot(steps, losses_b, color="tab:red", linewidth=0.9, label=plot_text(second.name))
     above.set_ylabel("training loss (nats per token)")
     above.set_title("Two implementations, one function")
     above.legend()
@@ -70,9 +68,7 @@ def draw(first: Path, second: Path, out: Path) -> float:
     below.set_xlabel("step")
     for axes in (above, below):
         axes.grid(alpha=0.2)
-    png = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(png)
-    write_atomically(out, png.getvalue())
+    write_figure(out, figure)
     return float(apart.max())
 
 

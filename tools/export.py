@@ -20,23 +20,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from common.startup import explain_failed_imports
+from common.startup import prepare_imports
 
 if __name__ == "__main__":
-    explain_failed_imports()
+    prepare_imports()
 
 import numpy as np
 import tyro
 
 from common.cli import parse, run_program
 from common.errors import UserError
-from common.files import sync_folder, write_new
+from common.files import sync_folder
 from data.tokenizers import Tokenizer, save
 from numpygpt import GPTConfig, Params
 from tools.sizes import info, num_params
-from training.checkpoint import MODEL, OPTIMIZER, STATE, TOKENIZER, State, sha256, state_json
-from training.config import TrainConfig
-from training.run import NO_CORPUS, RunConfig, load_run, write_config
+from training.checkpoint import TOKENIZER, State, save_tensors
+from training.config import NO_CORPUS, RunConfig, TrainConfig
+from training.run import LAST, load_run, write_config
 
 RunFolder = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
 
@@ -72,7 +72,7 @@ class ToHF:
     """Export a run's best checkpoint as a folder for Hugging Face's transformers."""
 
     run: RunFolder
-    """the run"""
+    """the run, or one of its .safetensors files"""
     folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR")]
     """the folder to make"""
 
@@ -82,7 +82,7 @@ class ToOnnx:
     """Export a run's best checkpoint as an ONNX file, token ids in, logits out."""
 
     run: RunFolder
-    """the run"""
+    """the run, or one of its .safetensors files"""
     file: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FILE")]
     """the file to make"""
 
@@ -102,11 +102,9 @@ class Info:
 def write_run(folder: Path, config: GPTConfig, params: Params, tokenizer: Tokenizer) -> None:
     """A new run that has made no step: the weights, and an optimizer that has seen nothing. Raises UserError, OSError.
 
-    There is no best/: nothing has been measured. The recipe is one for fine-tuning, a rate low and constant; the
-    trainers' --resume takes it, with whatever text is to be learned from.
+    There is no best.safetensors: nothing has been measured. The recipe is one for fine-tuning, a rate low and constant;
+    the trainers' --resume takes it, with whatever text is to be learned from.
     """
-    from tools.hf import write_tensors
-
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(f"the tokenizer has {tokenizer.vocab_size} tokens, more than the model's {config.vocab_size}")
     recipe = TrainConfig(
@@ -120,19 +118,9 @@ def write_run(folder: Path, config: GPTConfig, params: Params, tokenizer: Tokeni
         grad_accum=16,
         dtype="float64" if params["wte.weight"].dtype == np.float64 else "auto",
     )
-    # The moments are one 0, seen from everywhere: twice the weights on the disk, and nothing in memory.
-    zeros = {name: np.broadcast_to(param.dtype.type(0), param.shape) for name, param in params.items()}
-    moments = {f"{kind}.{name}": zero for kind in "mv" for name, zero in zeros.items()}
-    state = State(step=0, t=0, best_step=None, best_loss=None, seconds=0.0, engine="numpy")
     with scratch(folder) as new:
         save(tokenizer, new / TOKENIZER)
-        last = new / "last"
-        last.mkdir()
-        hashes = {TOKENIZER: sha256((new / TOKENIZER).read_bytes())}
-        hashes[MODEL] = write_tensors(last / MODEL, params)
-        hashes[OPTIMIZER] = write_tensors(last / OPTIMIZER, moments)
-        write_new(last / STATE, state_json(state, config, hashes))
-        sync_folder(last)
+        save_tensors(new / LAST, params, State(), config)
         write_config(new, RunConfig("numpy", "gpt2", NO_CORPUS, config, recipe, []))
         put_in_place(new, folder)
 
@@ -259,7 +247,10 @@ def to_onnx(run: Path, file: Path) -> None:
     config, params, _ = load_run(run)
     with scratch(file) as new:
         write_onnx(new / file.name, config, params)
-        apart, allowed = compare(new / file.name, config, params), TOLERANCE[params["wte.weight"].dtype.name]
+        try:
+            apart, allowed = compare(new / file.name, config, params), TOLERANCE[params["wte.weight"].dtype.name]
+        except ValueError as error:  # finite weights so large that the logits are not
+            raise UserError(f"{run} cannot be exported: {error}") from error
         if apart is not None and not apart <= allowed:
             raise UserError(
                 f"onnxruntime's logits are {apart:.1e} of the largest away from NumPy's, and {allowed:.0e} is allowed: "

@@ -13,27 +13,23 @@ by piece: a model passes through in little more memory than its file takes. Pick
 code.
 """
 
-import hashlib
 import json
-import math
-import mmap
-import os
 import re
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import asdict, dataclass
-from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from common.errors import UserError, shorten
-from common.files import read_bytes, read_json, write_new
+from common.files import new_file, read_json, write_new
+from common.tensors import DTYPES, Stored, open_tensors, write_tensors
+from data.bpe import BPETokenizer
 from data.gpt2_bpe import END_OF_TEXT
 from data.tokenizers import Tokenizer
 from numpygpt import GPTConfig, Params, param_shapes
 from tools.hf_tokenizer import TOKENIZER, TOKENIZER_CONFIG, to_hf
-from training.checkpoint import read_header
 from training.config import ModelFlags
 
 __all__ = ["Imported", "read_hf", "read_nanogpt", "write_hf"]
@@ -41,11 +37,6 @@ __all__ = ["Imported", "read_hf", "read_nanogpt", "write_hf"]
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 GENERATION_CONFIG = "generation_config.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-
-# The numbers that can be read, and how their bytes lie. NumPy has no bfloat16: it is the upper half of a float32.
-DTYPES = {"F16": "<f2", "BF16": "<u2", "F32": "<f4", "F64": "<f8"}
-OURS = {"float32": "F32", "float64": "F64"}
-PIECE = 1 << 22  # bytes that are looked at or written at once
 
 # Beside the sizes, what a GPT-2 config.json may say. The first value is GPT-2's default, which a file may leave out.
 ARCHITECTURE = {
@@ -74,37 +65,6 @@ class Imported:
     notes: tuple[str, ...]  # what was changed on the way, for people to read
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Safetensors: mapped to read, streamed to write
-
-
-@dataclass(frozen=True)
-class Stored:
-    """One tensor in a mapped safetensors file, not looked at yet."""
-
-    path: Path
-    name: str
-    content: mmap.mmap | bytes
-    dtype: str
-    shape: tuple[int, ...]
-    start: int  # its first byte in content
-    size: int  # how many bytes it has there
-
-    def read(self) -> np.ndarray:
-        """float32 or float64: a read-only view of the file where it holds just that, else a copy. Raises UserError."""
-        size = math.prod(self.shape) * np.dtype(DTYPES[self.dtype]).itemsize
-        if size != self.size:
-            raise UserError(f"{self.path}: {self.name} needs {size:,} bytes by its shape and dtype, got {self.size:,}")
-        if self.start + size > len(self.content):
-            raise UserError(f"{self.path}: is cut short: {self.name} would end beyond it")
-        view = np.frombuffer(self.content, DTYPES[self.dtype], math.prod(self.shape), self.start).reshape(self.shape)
-        if self.dtype == "BF16":
-            return (view.astype(np.uint32) << 16).view(np.float32)
-        if self.dtype == "F16":
-            return view.astype(np.float32)
-        return view if view.flags.aligned else view.copy()
-
-
 def map_weights(path: Path) -> dict[str, Stored]:
     """The tensors of a safetensors file by name. Nothing but its header is read.
 
@@ -112,21 +72,7 @@ def map_weights(path: Path) -> dict[str, Stored]:
     pickles go by.
     """
     refuse_pickle(path)
-    size = path.stat().st_size if path.is_file() else 0
-    if os.name == "nt" or size == 0:
-        # Windows would not let a trainer replace a mapped file; and what cannot be mapped gets its message here.
-        content = read_bytes(path, "weights as safetensors")
-    else:
-        with open(path, "rb") as file:
-            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    tensors = {}
-    first = 8 + int.from_bytes(content[:8], "little")
-    for name, entry in read_header(path, content).items():
-        dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
-        if type(dtype) is not str or not is_counts(shape) or not is_counts(offsets) or len(offsets) != 2:
-            raise UserError(f"{path}: tensor {shorten(name)} is described by {shorten(entry)}")
-        start, end = offsets
-        tensors[name] = Stored(path, name, content, dtype, tuple(shape), first + start, end - start)
+    tensors = open_tensors(path, "weights as safetensors").tensors
     if not tensors:
         raise UserError(f"{path} holds no tensors: expected a model's weights")
     return tensors
@@ -139,42 +85,6 @@ def refuse_pickle(path: Path) -> None:
             f"{path} is a pickle, which can run code when it is read: convert it to safetensors where you trust it, "
             "as docs/ecosystem.md shows"
         )
-
-
-def is_counts(value: object) -> bool:
-    """Whether value is a list of whole numbers of at least 0."""
-    return type(value) is list and all(type(one) is int and 0 <= one < 1 << 62 for one in value)
-
-
-def write_tensors(path: Path, tensors: Params, metadata: dict[str, str] | None = None) -> str:
-    """A new safetensors file, on the disk when this returns -> its SHA-256. Raises OSError.
-
-    The tensors go to the disk from where they are, by name. One that does not lie in order, a view of another, is put
-    in order piece by piece: so what broadcast_to makes, or a transposition, costs next to no memory.
-    """
-    tensors = dict(sorted(tensors.items()))
-    header: dict[str, dict] = {} if metadata is None else {"__metadata__": metadata}
-    end = 0
-    for name, tensor in tensors.items():
-        start, end = end, end + tensor.nbytes
-        header[name] = {"dtype": OURS[tensor.dtype.name], "shape": tensor.shape, "data_offsets": [start, end]}
-    head = json.dumps(header).encode()
-    head += b" " * (-len(head) % 8)  # so that the numbers are aligned
-    digest = hashlib.sha256()
-    with open(path, "xb") as file:
-        for part in chain([len(head).to_bytes(8, "little"), head], *map(pieces, tensors.values())):
-            digest.update(part)
-            file.write(part)
-        file.flush()
-        os.fsync(file.fileno())
-    return digest.hexdigest()
-
-
-def pieces(tensor: np.ndarray) -> Iterator[np.ndarray]:
-    """The tensor's numbers in order, row by row, of at most some PIECE bytes at once."""
-    rows = max(1, PIECE * len(tensor) // max(1, tensor.nbytes))
-    for first in range(0, len(tensor), rows):
-        yield np.ascontiguousarray(tensor[first : first + rows])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -271,7 +181,7 @@ def read_hf_config(path: Path) -> tuple[GPTConfig, list[str]]:
     return config, notes
 
 
-def sized(path: Path, vocab_size: int, block_size: int, **sizes: object) -> GPTConfig:
+def sized(path: Path, vocab_size: int, block_size: int, **sizes: Any) -> GPTConfig:
     """The GPTConfig with sizes from a file. Raises UserError that names the file."""
     try:
         config = GPTConfig(vocab_size, block_size, **sizes)
@@ -315,18 +225,14 @@ def read_params(
             hint = f"; that is the layout of {'nanoGPT' if conv1d else 'Hugging Face'}"
             other = hint if tensor.shape == expected[::-1] and CONV1D.fullmatch(name) else ""
             raise UserError(f"{tensor.path}: {tensor.name} must have shape {expected}, got {tensor.shape}{other}")
-        if tensor.dtype not in DTYPES:
-            raise UserError(f"{tensor.path}: {tensor.name} has dtype {tensor.dtype}, expected {', '.join(DTYPES)}")
 
     kinds = {tensor.dtype for tensor in tensors.values()}
     dtype = np.float64 if "F64" in kinds else np.float32
     params = {}
     for name in shapes:
         array = tensors[name].read().astype(dtype, copy=False)
-        if not all(np.isfinite(piece).all() for piece in pieces(array)):
-            raise UserError(f"{tensors[name].path}: {tensors[name].name} has NaN or infinite entries")
         params[name] = array.T if conv1d and CONV1D.fullmatch(name) else array
-    if head is not None and not (head.dtype in DTYPES and np.array_equal(head.read(), params["wte.weight"])):
+    if head is not None and not np.array_equal(head.read(), params["wte.weight"]):
         raise UserError(f"{head.path}: {head.name} is not wte.weight, but this architecture's head is tied to it")
     names = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
     said = [names[kind] for kind in sorted(kinds) if np.dtype(DTYPES[kind]) != dtype]
@@ -358,7 +264,7 @@ def write_hf(folder: Path, config: GPTConfig, params: Params, tokenizer: Tokeniz
     if not config.bias:
         model["bias"] = False
     # A text is at most the window: Hugging Face does not move it. Ids that stand for no token are never drawn here.
-    generation = {"max_length": config.block_size, "bos_token_id": end, "eos_token_id": end}
+    generation: dict[str, Any] = {"max_length": config.block_size, "bos_token_id": end, "eos_token_id": end}
     if tokenizer.vocab_size < config.vocab_size:
         generation["suppress_tokens"] = list(range(tokenizer.vocab_size, config.vocab_size))
     ends = {} if end is None else {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
@@ -374,18 +280,19 @@ def write_hf(folder: Path, config: GPTConfig, params: Params, tokenizer: Tokeniz
         TOKENIZER: to_hf(tokenizer),
         TOKENIZER_CONFIG: tokens,
     }
-    for file, content in files.items():
-        write_new(folder / file, json.dumps(content, indent=2, ensure_ascii=False).encode())
+    for name, content in files.items():
+        write_new(folder / name, json.dumps(content, indent=2, ensure_ascii=False).encode())
 
     tensors = {}
     for name, shape in param_shapes(GPTConfig(**asdict(config) | {"bias": True})).items():
         param = params[name] if name in params else np.zeros(shape, params["wte.weight"].dtype)
         tensors["transformer." + name] = param.T if CONV1D.fullmatch(name) else param
-    write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
+    with new_file(folder / WEIGHTS) as file:
+        write_tensors(file, tensors, {"format": "pt"})
 
 
 def token_id(tokenizer: Tokenizer, special_token: str) -> int | None:
     """The id of a special token, or None if there is no such token."""
-    with suppress(AttributeError, ValueError):  # characters have none at all
+    if isinstance(tokenizer, BPETokenizer) and special_token in tokenizer.special_tokens:  # characters have none at all
         return 256 + len(tokenizer.merges) + tokenizer.special_tokens.index(special_token)
     return None

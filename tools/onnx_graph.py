@@ -8,8 +8,10 @@ only. B and T are free; T beyond block_size fails, as there is no such position.
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from common.errors import UserError
 from common.files import write_new
@@ -20,8 +22,6 @@ try:
     from onnx import TensorProto, helper, numpy_helper
 except ImportError as error:
     raise UserError("ONNX needs the package onnx: pip install onnx onnxruntime") from error
-
-__all__ = ["OPSET", "TOLERANCE", "build", "compare", "write_onnx"]
 
 OPSET = 20  # the first with Gelu; LayerNormalization came with 17
 IR_VERSION = 9  # what runtimes of that opset read
@@ -36,12 +36,12 @@ class Graph:
         self.nodes: list[onnx.NodeProto] = []
         self.constants: dict[str, np.ndarray] = {}
 
-    def add(self, output: str, op: str, *inputs: str, **attributes: object) -> str:
+    def add(self, output: str, op: str, *inputs: str, **attributes: Any) -> str:
         """One more node -> the name of its output, which is the node's as well."""
         self.nodes.append(helper.make_node(op, inputs, [output], name=output, **attributes))
         return output
 
-    def constant(self, name: str, value: object, dtype: type = np.int64) -> str:
+    def constant(self, name: str, value: object, dtype: DTypeLike = np.int64) -> str:
         self.constants[name] = np.array(value, dtype)
         return name
 
@@ -134,7 +134,7 @@ def write_beside(path: Path, params: Params) -> Iterator[TensorProto]:
         for name, param in params.items():
             data.seek(-data.tell() % 4096, os.SEEK_CUR)
             place = {"location": path.name, "offset": str(data.tell()), "length": str(param.nbytes)}
-            data.write(np.ascontiguousarray(param))
+            data.write(np.ascontiguousarray(param).data)
             tensor = TensorProto(name=name, dims=param.shape, data_type=helper.np_dtype_to_tensor_dtype(param.dtype))
             tensor.data_location = TensorProto.EXTERNAL
             for key, value in place.items():

@@ -3,12 +3,14 @@
 `python -m tools.export info RUN` prints them.
 """
 
+from collections.abc import Sequence
 from math import prod
 from pathlib import Path
 
 import numpy as np
 
 from numpygpt import GPTConfig, param_shapes
+from training.flops import forward_flops_per_token
 from training.run import read_config
 
 
@@ -34,19 +36,6 @@ def count_kinds(config: GPTConfig) -> dict[str, tuple[int, str, int]]:
     return counts
 
 
-def flops_per_token(config: GPTConfig) -> float:
-    """Floating-point operations of the forward pass' matrix products, a token, on average over a full window.
-
-    A product with a matrix of n entries is n multiplications and n additions. The lookups are none. A token at place t
-    attends to t + 1 tokens, with C multiplications and additions each for the scores, and as many for the values. The
-    backward pass has twice as many. The usual estimate (Chowdhery et al. 2022, appendix B) takes all parameters for
-    entries of matrices, and has every token attend to the whole window.
-    """
-    matrices = sum(prod(shape) for name, shape in param_shapes(config).items() if len(shape) == 2 and "wpe" not in name)
-    attended = (config.block_size + 1) / 2
-    return 2 * matrices + config.n_layer * 4 * config.n_embd * attended
-
-
 def info(run: Path) -> None:
     """Print the tables of a run's model."""
     settings = read_config(run)
@@ -70,7 +59,7 @@ def info(run: Path) -> None:
     ]
     print_table((f"memory, {dtype.name}", "MB"), memory)
 
-    forward, estimate = flops_per_token(config), 2 * N + 4 * config.n_layer * config.n_embd * config.block_size
+    forward, estimate = forward_flops_per_token(config), 2 * N + 4 * config.n_layer * config.n_embd * config.block_size
     flops = [
         ("forward", millions(forward), millions(estimate), "2 N + 4 L C T"),
         ("forward and backward", millions(3 * forward), millions(3 * estimate), "6 N + 12 L C T"),
@@ -82,7 +71,7 @@ def millions(n: float) -> str:
     return f"{n / 1e6:,.2f}"
 
 
-def print_table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+def print_table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
     """A table in columns: the first and a last without a title to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     print()

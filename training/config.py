@@ -4,7 +4,7 @@ ModelFlags   the model's sizes: GPTConfig, except that the vocabulary may be lef
 TrainConfig  everything else that decides which numbers come out
 RunFlags     what does not: where the run is kept, how many threads work on it
 
-The two that decide what comes out are kept with the run, in config.json.
+The two that decide what comes out are kept with the run, in config.json: RunConfig.
 """
 
 import dataclasses
@@ -15,9 +15,10 @@ from typing import Literal
 from common.errors import UserError, shorten
 from numpygpt import GPTConfig
 
-__all__ = ["PRESETS", "Flags", "ModelFlags", "RunFlags", "TrainConfig", "learning_rate"]
-
 MAX_SIZE = 1 << 20  # of a model in any direction, and of a batch: no machine has room for more
+MAX_LAYERS = 1 << 12
+MAX_PARAMS = 1 << 40
+PresetName = Literal["tiny", "small", "full", "gpt2"]
 DTYPES = ("auto", "float32", "bfloat16", "float64")
 
 
@@ -35,9 +36,16 @@ class ModelFlags:
 
     def __post_init__(self) -> None:
         """Raises ValueError that names the field."""
-        self.gpt_config(1)
         for name in ("n_layer", "n_head", "n_embd", "block_size"):
-            check_integer(self, name, at_least=1, below=MAX_SIZE)
+            check_integer(self, name, at_least=1, below=MAX_LAYERS if name == "n_layer" else MAX_SIZE)
+        object.__setattr__(self, "dropout", as_number(self, "dropout", below=1))
+        config = self.gpt_config(1)
+        params = config.n_embd * (12 * config.n_layer * config.n_embd + config.vocab_size + config.block_size)
+        if params >= MAX_PARAMS:
+            raise ValueError(
+                f"n_layer, n_embd, block_size and vocab_size make a model of over {params:.0e} parameters, which no "
+                "machine trains: choose smaller ones"
+            )
 
     def gpt_config(self, tokenizer_vocab_size: int) -> GPTConfig:
         """The GPTConfig for a tokenizer. Raises UserError if the tokenizer has more tokens than vocab_size."""
@@ -61,18 +69,21 @@ class TrainConfig:
     learning_rate: float  # peak rate, reached at the end of the warm-up
     min_lr: float  # the rate that the cosine decay ends at
     warmup_steps: int  # steps in which the rate rises linearly from 0 to the peak
-    eval_interval: int  # steps between evaluations on the whole validation split, which decide what best/ is
+    eval_interval: int  # steps between evaluations on the whole validation split, which decide what best.safetensors is
     data: str | None = None  # shakespeare_char, verse or a UTF-8 text file; None: shakespeare_char, else verse
     tokenizer: str = "char"  # char, bpe, gpt2, a tokenizer.json, or merges as in GPT-2's vocab.bpe
     bpe_vocab_size: int = 1024  # how many tokens the tokenizer "bpe" learns from the training split
     special_tokens: bool = False  # where the text holds a special token, as <|endoftext|>, read it as that token
     decay_steps: int | None = None  # the step at which the rate arrives at min_lr; None: max_steps
     grad_accum: int = 1  # micro-batches an update is computed in: less memory, same result
-    weight_decay: float = 0.1  # decoupled decay of matrices; biases and gains have none
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices inside blocks, and AdamW for all others
+    muon_learning_rate: float = 0.02  # Muon's peak rate; it rises and falls in proportion to learning_rate, AdamW's
+    muon_weight_decay: float = 0.1  # Muon's decoupled decay
+    weight_decay: float = 0.1  # AdamW's decoupled decay of matrices; biases and gains have none
     beta1: float = 0.9  # AdamW's memory of the gradient
     beta2: float = 0.99  # AdamW's memory of the gradient's square
     grad_clip: float = 1.0  # largest global norm of the gradient; 0: off
-    ema: float = 0.0  # decay of a running average of the weights, which is what is evaluated, and kept in best/; 0: off
+    eval_tokens: int | None = None  # evaluate on the first so many tokens of the validation split; None: all of it
     estimate_interval: int = 250  # steps between quick estimates of the loss on both splits
     estimate_batches: int = 5  # random batches of each split in such an estimate; 0: no estimates
     log_interval: int = 10  # steps between lines of metrics.jsonl about the training batch
@@ -93,22 +104,35 @@ class TrainConfig:
                 raise ValueError(
                     f"decay_steps must be at least warmup_steps {self.warmup_steps}, got {self.decay_steps}"
                 )
-        for name in ("learning_rate", "min_lr", "weight_decay", "grad_clip"):
-            check_number(self, name)
-        for name in ("beta1", "beta2", "ema"):
-            check_number(self, name, below=1)
+        if self.eval_tokens is not None:
+            check_integer(self, "eval_tokens", at_least=2)
+        for name in (
+            "learning_rate",
+            "min_lr",
+            "muon_learning_rate",
+            "muon_weight_decay",
+            "weight_decay",
+            "grad_clip",
+        ):
+            object.__setattr__(self, name, as_number(self, name))
+        for name in ("beta1", "beta2"):
+            object.__setattr__(self, name, as_number(self, name, below=1))
         if self.min_lr > self.learning_rate:
             raise ValueError(f"min_lr must be at most learning_rate {self.learning_rate}, got {self.min_lr}")
+        if self.optimizer not in ("adamw", "muon"):
+            raise ValueError(f"optimizer must be adamw or muon, got {shorten(self.optimizer)}")
+        if self.optimizer == "muon" and self.learning_rate == 0:
+            raise ValueError("learning_rate must be above 0, as the rate of muon follows it in proportion")
         if self.grad_accum > self.batch_size:
             raise ValueError(f"grad_accum must be at most batch_size {self.batch_size}, got {self.grad_accum}")
         for name in ("data", "tokenizer"):
             value = getattr(self, name)
             if (not isinstance(value, str) or not value) and (name, value) != ("data", None):
-                raise ValueError(f"{name} must be a name or a file, got {value!r}")
+                raise ValueError(f"{name} must be a name or a file, got {shorten(value)}")
         if type(self.special_tokens) is not bool:
             raise ValueError(f"special_tokens must be true or false, got {shorten(self.special_tokens)}")
         if self.dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {shorten(self.dtype)}")
 
 
 @dataclass(frozen=True)
@@ -116,10 +140,10 @@ class RunFlags:
     """Where the run is kept, and how it is computed."""
 
     # where the other defaults come from: tiny (seconds), small (minutes on a CPU), full (a GPU), gpt2 (a large GPU)
-    preset: Literal["tiny", "small", "full", "gpt2"]
+    preset: PresetName
     run_dir: str | None = None  # folder to keep the run in; None: runs/<engine>-<preset>
     overwrite: bool = False  # replace the run that is in the folder
-    resume: str | None = None  # go on with the run in this folder; its configuration takes the place of the preset
+    resume: str | None = None  # resume the run in this folder; its configuration replaces the preset
     threads: int | None = None  # CPU threads; None: as many as the cores that this process may use
 
     def __post_init__(self) -> None:
@@ -143,6 +167,30 @@ class Flags:
     run: RunFlags
 
 
+NO_CORPUS = ""  # the corpus_sha256 of a run whose weights were imported, and that has learned from nothing yet
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What config.json holds. Raises ValueError that names the field."""
+
+    engine: str  # numpy or torch, whichever trained last
+    preset: PresetName
+    corpus_sha256: str  # or NO_CORPUS
+    model: GPTConfig
+    training: TrainConfig
+    changes: list[dict]  # one for each resumption that changed something: {"step": 200, "max_steps": [200, 400]}
+
+    def __post_init__(self) -> None:
+        RunFlags(preset=self.preset)  # which checks it
+        if self.engine not in ("numpy", "torch"):
+            raise ValueError(f"engine must be numpy or torch, got {shorten(self.engine)}")
+        if type(self.corpus_sha256) is not str:
+            raise ValueError(f"corpus_sha256 must be a string, got {shorten(self.corpus_sha256)}")
+        if type(self.changes) is not list or not all(type(change) is dict for change in self.changes):
+            raise ValueError(f"changes must be a list of objects, got {shorten(self.changes)}")
+
+
 def check_integer(config: object, name: str, at_least: int, below: int = 2**31) -> None:
     """Raises ValueError unless the field is an integer in [at_least, below)."""
     value = getattr(config, name)
@@ -150,11 +198,12 @@ def check_integer(config: object, name: str, at_least: int, below: int = 2**31) 
         raise ValueError(f"{name} must be an integer of at least {at_least} and below {below}, got {shorten(value)}")
 
 
-def check_number(config: object, name: str, below: float = 1e30) -> None:
-    """Raises ValueError unless the field is a number in [0, below)."""
+def as_number(config: object, name: str, below: float = 1e30) -> float:
+    """The field as a float, whatever kind of number it is. Raises ValueError unless it is one in [0, below)."""
     value = getattr(config, name)
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < below:
         raise ValueError(f"{name} must be a number in [0, {below}), got {shorten(value)}")
+    return float(value)
 
 
 @dataclass(frozen=True)
@@ -218,6 +267,16 @@ PRESETS = {
 }
 
 
+def eval_due(step: int, config: TrainConfig) -> bool:
+    """Whether the validation split is evaluated after `step` updates: at intervals, and at the end."""
+    return step > 0 and (step % config.eval_interval == 0 or step == config.max_steps)
+
+
+def estimate_due(step: int, config: TrainConfig) -> bool:
+    """Whether the loss is estimated after `step` updates."""
+    return step > 0 and config.estimate_batches > 0 and step % config.estimate_interval == 0
+
+
 def learning_rate(step: int, config: TrainConfig) -> float:
     """The rate of the update that follows `step` updates: linear warm-up, then a cosine down to min_lr.
 
@@ -236,3 +295,8 @@ def learning_rate(step: int, config: TrainConfig) -> float:
         return config.min_lr
     progress = (step - config.warmup_steps) / (decay_steps - config.warmup_steps)
     return config.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (config.learning_rate - config.min_lr)
+
+
+def muon_learning_rate(lr: float, config: TrainConfig) -> float:
+    """Muon's rate where AdamW's is lr: they have the same schedule, each with its own peak."""
+    return lr * (config.muon_learning_rate / config.learning_rate)

@@ -12,13 +12,14 @@ from typing import TypeVar
 
 from common.cli import expand_home, parse
 from common.errors import UserError
-from training.config import PRESETS, Flags, ModelFlags, RunFlags
+from training.config import PRESETS, Flags, ModelFlags, PresetName, RunFlags
+from training.run import read_config
 
 F = TypeVar("F", bound=Flags)
 
 
 def parse_flags(
-    argv: Sequence[str] | None, kind: type[F], program: str, preset: str, description: str, **groups: object
+    argv: Sequence[str] | None, kind: type[F], program: str, preset: PresetName, description: str, **groups: object
 ) -> F:
     """The Flags of a command line, sys.argv's if it is None. kind may add groups of flags to Flags; their defaults come
     as keywords.
@@ -32,13 +33,10 @@ def parse_flags(
     first_look.add_argument("--resume", nargs="?")
     asked, _ = first_look.parse_known_args(argv)
     if asked.resume is not None:
-        from training.run import read_config  # here: it takes longer to load than --help may take
-
         if asked.preset is not None:
             raise UserError("--preset and --resume exclude each other: a run keeps the configuration it has")
         config = read_config(Path(asked.resume))
-        model, training = ModelFlags(**asdict(config.model)), config.training
-        preset = config.preset
+        model, training, preset = ModelFlags(**asdict(config.model)), config.training, config.preset
     else:
         preset = asked.preset if asked.preset in PRESETS else preset
         model, training = PRESETS[preset].model, PRESETS[preset].training

@@ -12,20 +12,16 @@ from so far, seconds since the run began (stops not counted), tokens_per_s since
 """
 
 import errno
-import io
 import json
-import math
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from common.errors import UserError
-from common.files import write_atomically
-from training.checkpoint import read_measured
-
-__all__ = ["MetricsWriter", "draw_losses", "read_metrics", "trim_metrics"]
+from common.errors import UserError, shorten
+from common.files import plot_text, read_bytes, write_atomically, write_figure
 
 MAX_BYTES = 1 << 30
 SPLITS = ("train", "val")
@@ -33,10 +29,13 @@ PROTOCOLS = ("batch", "estimate", "full")
 
 
 class MetricsWriter:
-    """Appends measurements to a metrics.jsonl. Each line is a single write: whoever reads along sees whole lines."""
+    """Appends measurements to a metrics.jsonl. Each line is a single write: whoever reads along sees whole lines.
+
+    Raises UserError if there is a symbolic link of that name, which is not followed.
+    """
 
     def __init__(self, path: Path) -> None:
-        self._file = open(path, "ab", buffering=0)  # noqa: SIM115  closed when the writer's own context is
+        self._file = open(path, "ab", buffering=0, opener=open_unfollowed)  # noqa: SIM115  closed with the writer
 
     def write(self, step: int, split: str, protocol: str, loss: float, **others: float) -> None:
         """Append one measurement. Raises OSError as any write does."""
@@ -51,13 +50,26 @@ class MetricsWriter:
         """Return once all lines are on the disk: before a checkpoint that counts on them."""
         os.fsync(self._file.fileno())
 
+    def close(self) -> None:
+        self._file.close()
+
     def __enter__(self) -> Self:
         return self
 
     def __exit__(
         self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        self.close()
+
+
+def open_unfollowed(path: str, flags: int) -> int:
+    """An opener for files that are written where they are: not through a symbolic link, and without waiting."""
+    try:
+        return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0), 0o666)
+    except OSError as error:
+        if os.path.islink(path):
+            raise UserError(f"{path} is a symbolic link, which is not followed for writing: delete it") from error
+        raise
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -66,9 +78,9 @@ def read_metrics(path: Path) -> list[dict]:
     A last line without its line end is what a power cut leaves of a write: it is no measurement. Raises UserError that
     names the file and the line for anything else that MetricsWriter does not write.
     """
-    if not path.exists():
+    if not os.path.lexists(path):
         return []
-    lines = read_measured(path, "the metrics of a run", MAX_BYTES).split(b"\n")
+    lines = read_bytes(path, "the metrics of a run", max_bytes=MAX_BYTES).split(b"\n")
     return [parse(line, path, number) for number, line in enumerate(lines[:-1], start=1)]
 
 
@@ -78,23 +90,34 @@ def parse(line: bytes, path: Path, number: int) -> dict:
         fields = json.loads(line)
         if (
             type(fields["step"]) is int
+            and 0 <= fields["step"] < 2**31
             and fields["split"] in SPLITS
             and fields["protocol"] in PROTOCOLS
-            and math.isfinite(fields["loss"])
+            and all(is_sensible(value) for name, value in fields.items() if name not in ("split", "protocol"))
+            and "loss" in fields
         ):
             return fields
-    except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         pass
-    raise UserError(f"{path}, line {number}: not a measurement; delete the file to go on without what was measured")
+    raise UserError(f"{path}, line {number}: not a measurement; delete the file to resume without what was measured")
 
 
-def trim_metrics(path: Path, step: int) -> None:
-    """Forget what was measured after a checkpoint at `step`: whoever goes on from there measures it again.
+def is_sensible(value: object) -> bool:
+    """Is it a number that a training run measures, and that can be drawn?"""
+    return type(value) in (int, float) and abs(value) < 1e30  # type: ignore[arg-type]  # which NaN is not
 
-    What stays are the batches of the updates before it and the evaluations up to it.
+
+def metrics_until(metrics: Sequence[dict], step: int) -> list[dict]:
+    """What a checkpoint at `step` knows of: the batches of the updates before it, and the evaluations up to it.
+
+    Whoever resumes from there measures the rest again.
     """
-    kept = [m for m in read_metrics(path) if m["step"] < step or (m["step"] == step and m["protocol"] != "batch")]
-    write_atomically(path, b"".join(json.dumps(m).encode() + b"\n" for m in kept))
+    return [m for m in metrics if m["step"] < step or (m["step"] == step and m["protocol"] != "batch")]
+
+
+def write_metrics(path: Path, metrics: Sequence[dict]) -> None:
+    """Put a metrics.jsonl of these measurements in place of the one that is there. Raises OSError."""
+    write_atomically(path, b"".join(json.dumps(m).encode() + b"\n" for m in metrics))
 
 
 def curve(metrics: list[dict], split: str, protocol: str) -> tuple[list[int], list[float]]:
@@ -111,13 +134,22 @@ def smooth(values: list[float], weight: float = 0.9) -> Iterator[float]:
         yield total / count
 
 
-def draw_losses(path: Path, metrics: list[dict], title: str, lines: dict[str, float]) -> None:
-    """Draw all losses over the steps into a PNG; `lines` are horizontal ones with their labels, in nats per token."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # here: it takes longer to load than --help may take
-    from matplotlib.figure import Figure
+def draw_losses(path: Path, metrics_file: Path, title: str, lines: dict[str, float]) -> None:
+    """Draw all losses over the steps into a PNG; `lines` are horizontal ones with their labels, in nats per token.
+
+    A picture is no reason for a run to fail: whatever goes wrong is one line on standard error.
+    """
+    try:
+        draw(path, read_metrics(metrics_file), title, lines)
+    except Exception as error:
+        print(f"no {path.name}: {type(error).__name__}: {shorten(str(error))}", file=sys.stderr)
+
+
+def draw(path: Path, metrics: list[dict], title: str, lines: dict[str, float]) -> None:
+    from matplotlib.figure import Figure  # slow to load: --help must not wait for it
 
     figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
-    axes = figure.add_subplot(title=title, xlabel="step", ylabel="loss (nats per token)")
+    axes = figure.add_subplot(title=plot_text(title), xlabel="step", ylabel="loss (nats per token)")
     steps, losses = curve(metrics, "train", "batch")
     axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8)
     axes.plot(steps, list(smooth(losses)), color="tab:blue", label="training batches, smoothed")
@@ -128,6 +160,4 @@ def draw_losses(path: Path, metrics: list[dict], title: str, lines: dict[str, fl
         axes.axhline(height, color="grey", linestyle=style, linewidth=1, label=f"{label} {height:.4f}")
     axes.legend()
     axes.grid(alpha=0.2)
-    png = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(png)
-    write_atomically(path, png.getvalue())
+    write_figure(path, figure)

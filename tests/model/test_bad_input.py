@@ -4,6 +4,7 @@ engines say it in the same words.
 
 import functools
 import itertools
+import json
 import math
 import re
 from collections.abc import Callable
@@ -154,10 +155,11 @@ def test_weights_that_are_not_finite(name: str) -> None:
         assert_both_say(pattern, said.get)
 
 
-def test_finite_weights_whose_logits_are_not() -> None:
-    """A failure: the message blames weights that are fine."""
-    params = {name: param.astype(np.float32) for name, param in random_weights(CONFIG, 0).items()}
-    params["ln_f.weight"][:] = np.finfo(np.float32).max
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_finite_weights_whose_logits_are_not(dtype: str) -> None:
+    """A failure: the message blames weights that are fine; those of float64 as soon as float32 could not hold them."""
+    params = {name: param.astype(dtype) for name, param in random_weights(CONFIG, 0).items()}
+    params["ln_f.weight"][:] = np.finfo(dtype).max
     models = {engine: make(engine, CONFIG, params) for engine in ENGINES}
     pattern = "logits must be finite, got finite weights too large for their dtype$"
     with np.errstate(all="ignore"):
@@ -186,6 +188,23 @@ def test_ids_may_be_any_integers(dtype: str) -> None:
         assert np.array_equal(logits, same)
         assert loss == equal
         assert np.array_equal(generate(model, GOOD, 3, temperature=0), generate(model, ids, 3, temperature=0))
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int16", "int32"])
+def test_new_tokens_are_int64_whatever_the_prompt(dtype: str) -> None:
+    """A failure: a new token does not fit the dtype of the prompt: 284 becomes 28, and is fed back as such."""
+    config = GPTConfig(**{**vars(CONFIG), "vocab_size": 300})
+    params = random_weights(config, 0)
+    params["wte.weight"][:256] *= 0.1  # so that tokens beyond 255 are likely
+    texts = []
+    for engine in ENGINES:
+        model, prompt = make(engine, config, params), GOOD.astype(dtype)
+        prompt = prompt if engine == "numpy" else torch.from_numpy(prompt)
+        texts += [np.asarray(model.generate(prompt, 8, rng=np.random.default_rng(0)))]
+        assert np.asarray(next(model.stream(prompt))).dtype == np.int64
+        assert texts[-1].dtype == np.int64
+    assert np.array_equal(*texts)
+    assert (texts[0] > 255).any()
 
 
 def test_ids_of_a_dtype_that_numpy_does_not_know() -> None:
@@ -219,6 +238,15 @@ def test_bad_configs(name: str, value: object) -> None:
     assert repr(value) in message, f"{message!r} does not say what came"
 
 
+def test_numbers_of_numpy_in_a_config_become_those_of_python() -> None:
+    """A failure: a config made of what np.max or a DataFrame gave cannot be saved as JSON."""
+    fields = {name: np.int64(value) for name, value in vars(CONFIG).items() if name not in ("dropout", "bias")}
+    config = GPTConfig(**fields, dropout=np.float32(0.5), bias=np.bool_(False))
+    assert {type(value) for value in vars(config).values()} == {int, float, bool}
+    assert json.loads(json.dumps(vars(config))) == {**vars(CONFIG), "dropout": 0.5, "bias": False}
+    assert type(GPTConfig(**{**vars(CONFIG), "dropout": 0}).dropout) is float
+
+
 def without(params: dict, name: str) -> dict:
     return {other: param for other, param in params.items() if other != name}
 
@@ -236,6 +264,10 @@ BAD_PARAMS = {
     ),
     "integers": (lambda p: {**p, "ln_f.bias": np.ones(6, int)}, "ln_f.bias must be float32 or float64, got int64$"),
     "NaN": (lambda p: {**p, "ln_f.bias": np.full(6, np.nan)}, "ln_f.bias must be finite, got NaN or infinite entries$"),
+    "a single NaN": (
+        lambda p: {**p, "ln_f.bias": np.where(np.arange(6) == 3, np.nan, p["ln_f.bias"])},
+        "ln_f.bias must be finite, got NaN or infinite entries$",
+    ),
     "infinite": (
         lambda p: {**p, "ln_f.bias": np.full(6, np.inf)},
         "ln_f.bias must be finite, got NaN or infinite entries$",
@@ -264,11 +296,10 @@ def test_bad_arguments_of_the_models() -> None:
     assert "attention must be 'sdpa' or 'explicit', got 'flash'" in message_of(
         lambda: torchgpt.GPT(CONFIG, attention="flash")
     )
-    for threads in (0, -1, 1.5, True):
-        message = message_of(lambda threads=threads: numpygpt.GPT(CONFIG, threads=threads))
-        assert message == f"threads must be an integer of at least 1, got {threads}"
     model = numpygpt.GPT(CONFIG)
     assert message_of(lambda: model.loss_and_grads(GOOD, None)) == "targets must be an array of token ids, got None"
+    message = message_of(lambda: model.forward(GOOD, rng=[np.random.default_rng(0)]))
+    assert message == "rng must be one generator, or one for each of the 2 sequences, got 1"
     for count in (0, 5, -1, 6.0, True):
         message = message_of(lambda count=count: model.loss_and_grads(GOOD, GOOD, count=count))
         assert message == f"count must be an integer of at least 6, got {count}"
@@ -292,6 +323,18 @@ def test_bad_optimizers(name: str) -> None:
         message = message_of(lambda value=value: AdamW({"a": np.zeros(2)}, **{name: value}))
         assert message.startswith(f"{name} must be "), message
         assert repr(value) in message, message
+
+
+@pytest.mark.parametrize("lr", [-1e-3, math.nan, math.inf])
+def test_bad_learning_rates(lr: float) -> None:
+    """A failure: weights that climb the loss, or become NaN, at once and without a word."""
+    params = {"a": np.ones(2)}
+    optimizer = AdamW(params)
+    message = message_of(lambda: optimizer.step({"a": np.ones(2)}, lr))
+    assert message == f"lr must be a finite number of at least 0, got {lr}"
+    assert optimizer.t == 0
+    assert (params["a"] == 1).all()
+    assert not optimizer.m["a"].any()
 
 
 def test_gradients_of_other_parameters() -> None:

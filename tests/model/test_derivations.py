@@ -79,8 +79,8 @@ def test_docs_derivations_quote_the_code() -> None:
 
 
 def test_docs_derivations_quotes_can_fail() -> None:
-    assert in_source("dx -= mean\ndx -= xhat * projection")
-    assert not in_source("dx -= mean\ndx += xhat * projection")
+    assert in_source("dwte = np.zeros(wte_shape, dx.dtype)\nnp.add.at(dwte, idx, dx)")
+    assert not in_source("dwte = np.zeros(wte_shape, dx.dtype)\nnp.add.at(dwte, idx, -dx)")
 
 
 def test_docs_derivations_name_their_witnesses() -> None:
@@ -123,8 +123,8 @@ def test_docs_links_lead_somewhere(page) -> None:
 
 def test_linear() -> None:
     x, weight, bias, dout = draw(2, 3, 4), draw(5, 4), draw(5), draw(2, 3, 5)
-    _, cache = numpygpt.linear_forward(x, weight, bias)
-    dx, dweight, dbias = numpygpt.linear_backward(dout, cache)
+    _, saved = numpygpt.linear_forward(x, weight, bias)
+    dx, dweight, dbias = numpygpt.linear_backward(dout, saved)
     rows, drows = x.reshape(6, 4), dout.reshape(6, 5)
     assert close(dx.reshape(6, 4), np.einsum("no,oi->ni", drows, weight))
     assert close(dweight, np.einsum("no,ni->oi", drows, rows))
@@ -140,8 +140,8 @@ def test_linear() -> None:
 
 def test_embedding() -> None:
     idx, wte, wpe, dx = np.array([[4, 0, 4], [1, 4, 0]]), draw(6, 2), draw(5, 2), draw(2, 3, 2)
-    _, cache = numpygpt.embedding_forward(idx, wte, wpe)
-    dwte, dwpe = numpygpt.embedding_backward(dx, cache)
+    _, saved = numpygpt.embedding_forward(idx, wte, wpe)
+    dwte, dwpe = numpygpt.embedding_backward(dx, saved)
     onehot = np.eye(6)[idx.ravel()]
     assert close(dwte, onehot.T @ dx.reshape(6, 2))
     assert close(dwpe[:3], dx.sum(axis=0))
@@ -167,14 +167,14 @@ def test_weight_tying() -> None:
     head_backward, embedding_backward = numpygpt.linear_backward, numpygpt.embedding_backward
     parts: list[np.ndarray] = []
 
-    def keep_head(dout: np.ndarray, cache: tuple) -> tuple:
-        grads = head_backward(dout, cache)
-        if cache[1] is model.params["wte.weight"]:
+    def keep_head(dout: np.ndarray, saved: tuple) -> tuple:
+        grads = head_backward(dout, saved)
+        if saved[1] is model.params["wte.weight"]:
             parts.append(grads[1].copy())
         return grads
 
-    def keep_embedding(dx: np.ndarray, cache: tuple) -> tuple:
-        grads = embedding_backward(dx, cache)
+    def keep_embedding(dx: np.ndarray, saved: tuple) -> tuple:
+        grads = embedding_backward(dx, saved)
         parts.append(grads[0].copy())
         return grads
 
@@ -215,7 +215,10 @@ def test_layernorm() -> None:
         assert sympy.simplify(sympy.diff(variance, x[i]) - 2 * (x[i] - mean) / C) == 0
         assert abs(number(sympy.diff(rstd, x[i]) + rstd**2 * xhat[i] / C, values)) < 1e-25
         for j in range(C):
+            direct = rstd * ((1 if i == j else 0) - sympy.Rational(1, C))
+            product_rule = direct + (x[j] - mean) * sympy.diff(rstd, x[i])
             formula = rstd * ((1 if i == j else 0) - sympy.Rational(1, C) - xhat[i] * xhat[j] / C)
+            assert abs(number(sympy.diff(xhat[j], x[i]) - product_rule, values)) < 1e-25
             assert abs(number(sympy.diff(xhat[j], x[i]) - formula, values)) < 1e-25
 
     # The three terms of dx against SymPy's derivative of the whole, and the code against both
@@ -225,13 +228,13 @@ def test_layernorm() -> None:
     assert close(terms, [number(sympy.diff(loss, x[i]), values) for i in range(C)])
     weight = np.array([0.5, 2.0, -1.0])
     dout = np.array([float(values[d]) for d in dxhat]) / weight
-    _, cache = numpygpt.layernorm_forward(np.array([float(values[xc]) for xc in x]), weight, weight)
-    assert close(numpygpt.layernorm_backward(dout, cache)[0], terms)
+    _, saved = numpygpt.layernorm_forward(np.array([float(values[xc]) for xc in x]), weight, weight)
+    assert close(numpygpt.layernorm_backward(dout, saved)[0], terms)
 
     # Gain and shift, summed over the tokens
     tokens, douts = draw(2, 3, 4), draw(3, 2, 4).reshape(2, 3, 4)
-    out, cache = numpygpt.layernorm_forward(tokens, np.ones(4), np.zeros(4))
-    dx, dweight, dbias = numpygpt.layernorm_backward(douts, cache)
+    out, saved = numpygpt.layernorm_forward(tokens, np.ones(4), np.zeros(4))
+    dx, dweight, dbias = numpygpt.layernorm_backward(douts, saved)
     assert close(dweight, np.einsum("btc,btc->c", douts, out))
     assert close(dbias, np.einsum("btc->c", douts))
     # No component along the two directions that do not change xhat, the second but for eps
@@ -249,9 +252,21 @@ def test_gelu() -> None:
     assert sympy.simplify(sympy.diff(u, x) - du) == 0
     assert sympy.simplify(sympy.diff(out, x) - formula) == 0
     places = np.linspace(-6, 6, 49)
-    got, cache = numpygpt.gelu_forward(places.copy())
+    got, saved = numpygpt.gelu_forward(places.copy())
     assert close(got, sympy.lambdify(x, out)(places))
-    assert close(numpygpt.gelu_backward(np.full(49, 2.0), cache), 2 * sympy.lambdify(x, formula)(places))
+    assert close(numpygpt.gelu_backward(np.full(49, 2.0), saved), 2 * sympy.lambdify(x, formula)(places))
+
+    # What the page says of the curve
+    fine = np.linspace(-4, 4, 8001)
+    curve, saved = numpygpt.gelu_forward(fine)
+    slope = numpygpt.gelu_backward(np.ones_like(fine), saved)
+    assert (round(curve.min(), 3), round(fine[curve.argmin()], 3)) == (-0.170, -0.752)
+    assert (slope < 0)[fine < -0.753].all()
+    assert (slope > 0)[fine > -0.752].all()
+    assert (slope > 1)[fine > 0.753].all()
+    assert (slope < 1)[fine < 0.752].all()
+    assert round(slope.max(), 3) == 1.129
+    assert slope[4000] == 0.5
 
 
 def test_dropout() -> None:
@@ -277,7 +292,7 @@ def test_softmax() -> None:
             assert sympy.simplify(sympy.diff(probs[j], x[i]) - formula) == 0
 
     scores, dprobs = draw(n), draw(n, 1)[:, 0]
-    got = numpygpt.softmax_forward(scores.copy())
+    got = numpygpt.softmax_forward(scores)
     assert close(got, sympy.lambdify([x], probs)(scores))
     jacobian = np.array(sympy.lambdify([x], [[sympy.diff(pj, xi) for pj in probs] for xi in x])(scores))
     dx = numpygpt.softmax_backward(dprobs, got)
@@ -298,11 +313,50 @@ def attention_example(T: int = 5, n_head: int = 2, hs: int = 3, B: int = 2) -> t
     return draw(B, T, C), p, draw(T, B, C).swapaxes(0, 1)
 
 
-def test_attention() -> None:
+def test_scaled_dot_product_attention() -> None:
+    B, nh, T, hs = 2, 2, 5, 3
+    q, k, v, dout = (
+        draw(B, nh, T, hs),
+        draw(nh, B, T, hs),
+        draw(T, B, nh, hs).transpose(1, 2, 0, 3),
+        draw(hs, B, nh, T).transpose(1, 2, 3, 0),
+    )
+    out, saved = numpygpt.scaled_dot_product_attention_forward(q, k, v)
+    dq, dk, dv = numpygpt.scaled_dot_product_attention_backward(dout, saved)
+    for b, head in np.ndindex(B, nh):  # the page's sums
+        Q, K, V, dO = (array[b, head] for array in (q, k, v, dout))
+        scores = np.einsum("td,sd->ts", Q, K)
+        att = np.where(np.tri(T, dtype=bool), scores / math.sqrt(hs), -np.inf)
+        probs = np.exp(att) / np.exp(att).sum(axis=-1, keepdims=True)
+        assert close(out[b, head], np.einsum("ts,sd->td", probs, V))
+        dprobs = np.einsum("td,sd->ts", dO, V)
+        assert close(dv[b, head], np.einsum("ts,td->sd", probs, dO))
+        datt = probs * (dprobs - np.einsum("tr,tr->t", dprobs, probs)[:, None])
+        dscores = datt / math.sqrt(hs)
+        assert close(dq[b, head], np.einsum("ts,sd->td", dscores, K))
+        assert close(dk[b, head], np.einsum("ts,td->sd", dscores, Q))
+
+    # Scores of independent entries have variance hs
+    scores = np.einsum("nd,nd->n", *np.random.default_rng(0).standard_normal((2, 100_000, 64)))
+    assert scores.var() == pytest.approx(64, rel=0.02)
+
+    # Finite differences, with dropout on the weights too, the same in every call
+    def forward(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> tuple:
+        rngs = [np.random.default_rng(b) for b in range(B)]
+        return numpygpt.scaled_dot_product_attention_forward(q, k, v, 0.3, rngs)
+
+    tensors = {"q": q, "k": k, "v": v}
+    grads = numpygpt.scaled_dot_product_attention_backward(dout, forward(q, k, v)[1])
+    for (name, tensor), grad in zip(tensors.items(), grads, strict=True):
+        numeric = finite_gradient(lambda a, name=name: float(np.vdot(forward(**{**tensors, name: a})[0], dout)), tensor)
+        assert close(grad, numeric, FINITE), name
+
+
+def test_heads() -> None:
     x, p, dout = attention_example()
     (B, T, C), n_head, hs = x.shape, 2, 3
-    _, cache = numpygpt.attention_forward(x, p, n_head)
-    dx, grads = numpygpt.attention_backward(dout, cache)
+    _, saved = numpygpt.attention_forward(x, p, n_head)
+    dx, grads = numpygpt.attention_backward(dout, saved)
 
     # The page's sums, for each sequence and head by itself
     qkv = x @ p["c_attn.weight"].T + p["c_attn.bias"]
@@ -328,8 +382,8 @@ def test_attention() -> None:
     def rngs() -> list[np.random.Generator]:
         return [np.random.default_rng(b) for b in range(B)]
 
-    _, cache = numpygpt.attention_forward(x, p, n_head, 0.3, rngs())
-    dx, grads = numpygpt.attention_backward(dout, cache)
+    _, saved = numpygpt.attention_forward(x, p, n_head, 0.3, rngs())
+    dx, grads = numpygpt.attention_backward(dout, saved)
     tensors = {"x": x, **p}
     for name, grad in {"x": dx, **grads}.items():
 
@@ -351,27 +405,34 @@ def test_causal_mask() -> None:
         datts.append(softmax_backward(dprobs, probs).copy())
         return datts[-1].copy()
 
-    _, cache = numpygpt.attention_forward(x, p, n_head=2)
+    _, saved = numpygpt.attention_forward(x, p, n_head=2)
     with mock.patch.object(numpygpt, "softmax_backward", keep):
-        dx, _ = numpygpt.attention_backward(dout, cache)
+        dx, _ = numpygpt.attention_backward(dout, saved)
     (datt,) = datts
-    assert not datt[..., ~np.tri(5, dtype=bool)].any()
+    future = ~np.tri(5, dtype=bool)
+    assert not datt[..., future].any()
     assert datt[:, :, 1, :2].all()
     assert dx[:, : t + 1].all()
     assert not dx[:, t + 1 :].any()
 
+    # dprobs is not 0 in the future, and whatever it holds there changes nothing
+    probs = numpygpt.softmax_forward(np.where(future, -np.inf, draw(5, 5)))
+    dprobs = draw(2, 5, 5)[1]
+    disturbed = np.where(future, 1e6 * draw(5, 5), dprobs)
+    assert (softmax_backward(disturbed, probs) == softmax_backward(np.where(future, 0, dprobs), probs)).all()
 
-def test_causal_blocks() -> None:
+
+def test_tiles() -> None:
     x, p, dout = attention_example(T=12)
     results = []
-    for block in (12, 1, 3, 5):
-        with mock.patch.object(numpygpt, "ATTENTION_BLOCK", block):
-            out, cache = numpygpt.attention_forward(x, p, n_head=2)
-            dx, grads = numpygpt.attention_backward(dout, cache)
+    for tile in (12, 1, 3, 5):
+        with mock.patch.object(numpygpt, "ATTENTION_TILE", tile):
+            out, saved = numpygpt.attention_forward(x, p, n_head=2)
+            dx, grads = numpygpt.attention_backward(dout, saved)
             results.append([out, dx, *grads.values()])
-            computed = sum((rows.stop - rows.start) * seen.stop for rows, seen in numpygpt.causal_blocks(12, 12))
-        if 12 % block == 0:
-            n = 12 // block
+            computed = sum((rows.stop - rows.start) * keys.stop for rows, keys in numpygpt.causal_tiles(12, 12))
+        if 12 % tile == 0:
+            n = 12 // tile
             assert computed / 12**2 == pytest.approx((1 + 1 / n) / 2)
     for others in results[1:]:
         assert all(close(a, b) for a, b in zip(others, results[0], strict=True))
@@ -379,11 +440,11 @@ def test_causal_blocks() -> None:
 
 def test_residual() -> None:
     config = GPTConfig(vocab_size=2, block_size=4, n_layer=1, n_head=2, n_embd=6, dropout=0.0)
-    p = numpygpt.within(random_weights(config, seed=3), "h.0.")
+    p = numpygpt.select_prefix(random_weights(config, seed=3), "h.0.")
     x, dout = draw(2, 4, 6), draw(4, 2, 6).swapaxes(0, 1)
-    _, cache = numpygpt.block_forward(x, p, n_head=2)
+    _, saved = numpygpt.block_forward(x, p, n_head=2)
     before = dout.copy()
-    dx, _ = numpygpt.block_backward(dout, cache)
+    dx, _ = numpygpt.block_backward(dout, saved)
     assert (dout == before).all()
     assert close(
         dx, finite_gradient(lambda a: float(np.vdot(numpygpt.block_forward(a, p, 2)[0], dout)), x, 1e-3), FINITE
@@ -394,9 +455,9 @@ def test_residual() -> None:
         for part in ("attn", "mlp")
         for kind in ("weight", "bias")
     }
-    out, cache = numpygpt.block_forward(x, silent, n_head=2)
+    out, saved = numpygpt.block_forward(x, silent, n_head=2)
     assert (out == x).all()
-    assert (numpygpt.block_backward(dout, cache)[0] == dout).all()
+    assert (numpygpt.block_backward(dout, saved)[0] == dout).all()
 
 
 def test_cross_entropy() -> None:
@@ -411,8 +472,8 @@ def test_cross_entropy() -> None:
             assert sympy.simplify(sympy.diff(loss, logits[v]) - formula) == 0
 
     rows, targets = draw(2, 3, V), np.array([[0, -1, 3], [-1, 2, 2]])
-    loss, cache = numpygpt.cross_entropy_forward(rows, targets, 4)
-    dlogits = numpygpt.cross_entropy_backward(cache)
+    loss, saved = numpygpt.cross_entropy_forward(rows, targets, 4)
+    dlogits = numpygpt.cross_entropy_backward(saved)
     probs = np.exp(rows) / np.exp(rows).sum(axis=-1, keepdims=True)
     expected = np.where(targets[..., None] >= 0, probs - np.eye(V)[targets], 0) / 4
     assert close(dlogits, expected)
@@ -420,7 +481,7 @@ def test_cross_entropy() -> None:
     assert np.abs(dlogits.sum(axis=-1)).max() < 1e-15
     parts = [numpygpt.cross_entropy_forward(rows[b : b + 1], targets[b : b + 1], 4) for b in range(2)]
     assert close(sum(part for part, _ in parts), loss)
-    assert close(np.concatenate([numpygpt.cross_entropy_backward(cache) for _, cache in parts]), dlogits)
+    assert close(np.concatenate([numpygpt.cross_entropy_backward(saved) for _, saved in parts]), dlogits)
 
 
 def test_clipping() -> None:

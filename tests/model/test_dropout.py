@@ -18,15 +18,16 @@ from tests.helpers import (
     ATTENTIONS,
     Arrays,
     assert_close,
-    blocks_of,
     loss_and_grads,
     property_test,
     random_weights,
     rms,
+    tiles_of,
     torch_twin,
     uncancelled_scales,
 )
 from tests.strategies import SEEDS
+from training.parallel import loss_and_grads_in_parts
 
 CONFIG = GPTConfig(vocab_size=7, block_size=9, n_layer=2, n_head=2, n_embd=6, dropout=0.3)
 GRADIENTS = 1e-12  # 6e-14 over a thousand examples
@@ -37,7 +38,7 @@ PLACES = 1 + 3 * CONFIG.n_layer  # embeddings; then in each layer attention weig
 def recorded_masks() -> Iterator[list[np.ndarray]]:
     """The factors (0 or 1 / (1 - p)) that numpygpt multiplies with, in the order of its calls.
 
-    Attention works in blocks of queries: its factors are put together to (B, nh, T, T). What a block leaves out lies in
+    Attention works in tiles of queries: its factors are put together to (B, nh, T, T). What a tile leaves out lies in
     the future; there stand NaNs, which nothing may touch.
     """
     masks, dropout_forward = [], numpygpt.dropout_forward
@@ -49,7 +50,7 @@ def recorded_masks() -> Iterator[list[np.ndarray]]:
             masks.append(scale)
         else:
             B, nh, rows, seen = scale.shape
-            if seen == rows:  # the first block of its layer
+            if seen == rows:  # the first tile of its layer
                 masks.append(np.full((B, nh, 0, 0), np.nan))
             whole = np.full((B, nh, seen, seen), np.nan)
             whole[:, :, : seen - rows, : seen - rows] = masks[-1]
@@ -80,16 +81,16 @@ def played_back(masks: list[np.ndarray], p: float) -> Iterator[None]:
 
 
 @property_test(
-    always=[{"seed": 0, "n_layer": 2, "n_head": 2, "T": 9, "p": 0.3, "bias": True, "block": 4}],
+    always=[{"seed": 0, "n_layer": 2, "n_head": 2, "T": 9, "p": 0.3, "bias": True, "tile": 4}],
     seed=SEEDS,
     n_layer=st.integers(1, 3),
     n_head=st.integers(1, 3),
     T=st.integers(1, 9),
     p=st.sampled_from([0.1, 0.3, 0.7]),
     bias=st.booleans(),
-    block=st.sampled_from([64, 1, 2, 4]),
+    tile=st.sampled_from([64, 1, 2, 4]),
 )
-def test_dropout_parity(seed: int, n_layer: int, n_head: int, T: int, p: float, bias: bool, block: int) -> None:
+def test_dropout_parity(seed: int, n_layer: int, n_head: int, T: int, p: float, bias: bool, tile: int) -> None:
     """Loss and every gradient with dropout in all four places.
 
     A failure while test_model passes: dropout stands in another place in one engine, or a backward pass does not use
@@ -99,7 +100,7 @@ def test_dropout_parity(seed: int, n_layer: int, n_head: int, T: int, p: float, 
     params, rng = random_weights(config, seed), np.random.default_rng(seed)
     idx, targets = rng.integers(7, size=(2, 2, T))
     model, twin = numpygpt.GPT(config, params), torch_twin(config, params).train()
-    with blocks_of(block):
+    with tiles_of(tile):
         with recorded_masks() as masks:
             loss, grads = model.loss_and_grads(idx, targets, rng=np.random.default_rng(seed))
         assert len(masks) == 1 + 3 * n_layer, f"dropout in {len(masks)} places, not in {1 + 3 * n_layer}"
@@ -138,7 +139,7 @@ def test_masks_have_the_right_rate_and_scale(seed: int, p: float) -> None:
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
-def test_torch_drops_with_the_rate_of_the_config(attention: str) -> None:
+def test_torch_drops_with_the_rate_that_it_is_given(attention: str) -> None:
     """torchgpt's own masks, seen from outside: with a value, but no query and no key, attention's output is a mean over
     what was kept; over many draws it has the variance that dropout gives it.
 
@@ -146,18 +147,18 @@ def test_torch_drops_with_the_rate_of_the_config(attention: str) -> None:
     """
     C, T, p, draws = 2, 4, 0.25, 4000
     config = GPTConfig(1, T, n_layer=1, n_head=1, n_embd=C, dropout=p, bias=False)
-    module = torchgpt.Attention(config, attention).double().train()
+    module = torchgpt.Attention(config, attention).double()
     with torch.no_grad():
         module.c_attn.weight.zero_()
         module.c_attn.weight[2 * C :] = torch.eye(C)
         module.c_proj.weight.copy_(torch.eye(C))
         torch.manual_seed(0)
-        out = module(torch.ones(draws, T, C).double()).numpy()
+        out = module(torch.ones(draws, T, C).double(), p).numpy()
     # At position t a mean over t + 1 factors of mean 1 and variance p / (1 - p), and then one such factor more.
     v = p / (1 - p)
     assert out.mean(axis=(0, 2)) == pytest.approx(np.ones(T), abs=0.05)
     assert out.var(axis=(0, 2)) == pytest.approx([(1 + v / (t + 1)) * (1 + v) - 1 for t in range(T)], rel=0.1)
-    assert np.array_equal(module.eval()(torch.ones(1, T, C).double()).detach().numpy(), np.ones((1, T, C)))
+    assert np.array_equal(module(torch.ones(1, T, C).double()).detach().numpy(), np.ones((1, T, C)))
 
 
 def test_every_place_and_every_sequence_has_a_mask_of_its_own() -> None:
@@ -188,18 +189,21 @@ def test_a_mask_is_drawn_anew_for_every_step(seed: int) -> None:
 
 @property_test(seed=SEEDS, cut=st.integers(1, 3), threads=st.integers(1, 3))
 def test_parity_of_a_batch_and_its_pieces_with_dropout(seed: int, cut: int, threads: int) -> None:
-    """What is dropped in a sequence does not depend on the sequences beside it.
+    """What is dropped in a sequence does not depend on the sequences beside it: neither with one generator that all
+    pieces share, nor with one generator for each sequence.
 
     A failure: gradient accumulation, or another number of threads, trains with other masks.
     """
     params = random_weights(CONFIG, seed)
     idx, targets = np.random.default_rng(seed).integers(7, size=(2, 4, 9))
     whole = numpygpt.GPT(CONFIG, params).loss_and_grads(idx, targets, rng=np.random.default_rng(seed))
-    rng = np.random.default_rng(seed)
+    model, halves, rng = numpygpt.GPT(CONFIG, params), (slice(0, cut), slice(cut, 4)), np.random.default_rng(seed)
     pieces = [
-        numpygpt.GPT(CONFIG, params, threads=threads).loss_and_grads(idx[rows], targets[rows], rng=rng, count=36)
-        for rows in (slice(0, cut), slice(cut, 4))
+        loss_and_grads_in_parts(model, idx[rows], targets[rows], rng=rng, count=36, threads=threads) for rows in halves
     ]
+    compare_sums("a batch and its pieces, dropout", whole, pieces)
+    rngs = numpygpt.rng_per_sequence(np.random.default_rng(seed), 4)
+    pieces = [model.loss_and_grads(idx[rows], targets[rows], rng=rngs[rows], count=36) for rows in halves]
     compare_sums("a batch and its pieces, dropout", whole, pieces)
 
 

@@ -20,10 +20,10 @@ from tests.helpers import (
     assert_as_exact_as_torch,
     assert_close,
     assert_finite_differences,
-    blocks_of,
     property_test,
     random_weights,
     rms,
+    tiles_of,
     to_torch,
 )
 from tests.strategies import SEEDS
@@ -46,7 +46,7 @@ class Case:
     run: Callable[[Arrays], tuple[np.ndarray, Backward]]
     witness: Callable[[dict[str, torch.Tensor]], torch.Tensor]
     seed: int
-    attention_block: int = 64
+    attention_tile: int = 64
     scales: dict[str, float] = field(default_factory=dict)
     h: dict[str, float] = field(default_factory=dict)
 
@@ -71,8 +71,8 @@ def embeddings(draw: st.DrawFn) -> Case:
     tensors = {"wte": rng.standard_normal((V, C)), "wpe": rng.standard_normal((T + draw(st.integers(0, 2)), C))}
 
     def run(t: Arrays) -> tuple[np.ndarray, Backward]:
-        out, cache = numpygpt.embedding_forward(idx, t["wte"], t["wpe"])
-        return out, lambda dout: named(("wte", "wpe"), numpygpt.embedding_backward(dout, cache))
+        out, saved = numpygpt.embedding_forward(idx, t["wte"], t["wpe"])
+        return out, lambda dout: named(("wte", "wpe"), numpygpt.embedding_backward(dout, saved))
 
     def witness(t: dict[str, torch.Tensor]) -> torch.Tensor:
         return F.embedding(torch.from_numpy(idx), t["wte"]) + t["wpe"][:T]
@@ -90,8 +90,8 @@ def layernorms(draw: st.DrawFn) -> Case:
         tensors["bias"] = rng.standard_normal(C)
 
     def run(t: Arrays) -> tuple[np.ndarray, Backward]:
-        out, cache = numpygpt.layernorm_forward(t["x"], t["weight"], t.get("bias"))
-        return out, lambda dout: named(("x", "weight", "bias"), numpygpt.layernorm_backward(dout, cache))
+        out, saved = numpygpt.layernorm_forward(t["x"], t["weight"], t.get("bias"))
+        return out, lambda dout: named(("x", "weight", "bias"), numpygpt.layernorm_backward(dout, saved))
 
     # Of a gradient through one or two channels no more is left than rounding, and a mean that is much larger than the
     # spread around it costs digits: these are the sizes before that.
@@ -119,8 +119,8 @@ def linears(draw: st.DrawFn) -> Case:
         tensors["x"] = np.asfortranarray(tensors["x"])
 
     def run(t: Arrays) -> tuple[np.ndarray, Backward]:
-        out, cache = numpygpt.linear_forward(t["x"], t["weight"], t.get("bias"))
-        return out, lambda dout: named(("x", "weight", "bias"), numpygpt.linear_backward(dout, cache))
+        out, saved = numpygpt.linear_forward(t["x"], t["weight"], t.get("bias"))
+        return out, lambda dout: named(("x", "weight", "bias"), numpygpt.linear_backward(dout, saved))
 
     return Case(tensors, run, lambda t: F.linear(t["x"], t["weight"], t.get("bias")), seed)
 
@@ -131,8 +131,8 @@ def gelus(draw: st.DrawFn) -> Case:
     tensors = {"x": size * np.random.default_rng(seed).standard_normal((*draw(shapes()), 5))}
 
     def run(t: Arrays) -> tuple[np.ndarray, Backward]:
-        out, cache = numpygpt.gelu_forward(t["x"])
-        return out, lambda dout: {"x": numpygpt.gelu_backward(dout, cache)}
+        out, saved = numpygpt.gelu_forward(t["x"])
+        return out, lambda dout: {"x": numpygpt.gelu_backward(dout, saved)}
 
     return Case(tensors, run, lambda t: F.gelu(t["x"], approximate="tanh"), seed, scales={"x": 1.0, "out": size})
 
@@ -156,15 +156,43 @@ def softmaxes(draw: st.DrawFn) -> Case:
     tensors = {"x": size * np.random.default_rng(seed).standard_normal((*draw(shapes()), draw(st.integers(1, 6))))}
 
     def run(t: Arrays) -> tuple[np.ndarray, Backward]:
-        probs = numpygpt.softmax_forward(t["x"].copy())
+        probs = numpygpt.softmax_forward(t["x"])
         return probs, lambda dout: {"x": numpygpt.softmax_backward(dout, probs)}
 
     return Case(tensors, run, lambda t: t["x"].softmax(-1), seed, scales={"x": rms(run(tensors)[0])})
 
 
+@st.composite
+def scaled_dot_product_attentions(draw: st.DrawFn) -> Case:
+    """As many queries as keys, or fewer: then they are the last ones."""
+    B, nh, hs, seed = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.integers(1, 5)), draw(SEEDS)
+    keys, p = draw(st.integers(1, 7)), draw(st.sampled_from([0.0, 0.3]))
+    queries, size = draw(st.integers(1, keys)), draw(st.sampled_from([0.1, 1, 5]))
+    rng = np.random.default_rng(seed)
+    tensors = {"q": size * rng.standard_normal((B, nh, queries, hs))}
+    tensors |= {name: rng.standard_normal((B, nh, keys, hs)) for name in "kv"}
+    seen = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
+    drawn = np.stack([np.random.default_rng(b).random((nh, queries, keys), dtype=np.float32) for b in range(B)])
+    scale = torch.from_numpy((drawn >= p) / (1 - p))
+
+    def run(t: Arrays) -> tuple[np.ndarray, Backward]:
+        rngs = [np.random.default_rng(b) for b in range(B)]
+        out, saved = numpygpt.scaled_dot_product_attention_forward(t["q"], t["k"], t["v"], p, rngs)
+        return out, lambda dout: named(("q", "k", "v"), numpygpt.scaled_dot_product_attention_backward(dout, saved))
+
+    def witness(t: dict[str, torch.Tensor]) -> torch.Tensor:
+        if p == 0.0:
+            return F.scaled_dot_product_attention(t["q"], t["k"], t["v"], attn_mask=seen)
+        att = (t["q"] @ t["k"].mT / hs**0.5).masked_fill(~seen, -torch.inf)
+        return (att.softmax(-1) * scale.to(att.dtype)) @ t["v"]
+
+    # A query that sees one key has the gradient 0, and a key or value that every query dropped, too.
+    return Case(tensors, run, witness, seed, scales=dict.fromkeys("qkv", size) | {"out": 1.0})
+
+
 def weights_within(prefix: str, n_head: int, head_size: int, bias: bool, seed: int) -> tuple[GPTConfig, Arrays]:
     config = GPTConfig(1, 1, n_layer=1, n_head=n_head, n_embd=n_head * head_size, dropout=0.0, bias=bias)
-    return config, numpygpt.within(random_weights(config, seed), prefix)
+    return config, numpygpt.select_prefix(random_weights(config, seed), prefix)
 
 
 @st.composite
@@ -179,10 +207,10 @@ def modules(draw: st.DrawFn, prefix: str, run_numpy: Callable, make_torch: Calla
     module = make_torch(config, attention).double().eval()
 
     def run(t: Arrays) -> tuple[np.ndarray, Backward]:
-        out, cache, backward = run_numpy(t["x"], {name: t[name] for name in params}, n_head)
+        out, saved, backward = run_numpy(t["x"], {name: t[name] for name in params}, n_head)
 
         def grads_of(dout: np.ndarray) -> Arrays:
-            dx, grads = backward(dout, cache)
+            dx, grads = backward(dout, saved)
             return {"x": dx} | {name: grad for name, grad in grads.items() if grad is not None}
 
         return out, grads_of
@@ -191,7 +219,7 @@ def modules(draw: st.DrawFn, prefix: str, run_numpy: Callable, make_torch: Calla
         return functional_call(module, {name: t[name] for name in params}, (t["x"],))
 
     h = dict.fromkeys(["x", *params], 5e-4)
-    return Case({"x": x, **params}, run, witness, seed, attention_block=draw(st.sampled_from([64, 1, 2, 3, 5])), h=h)
+    return Case({"x": x, **params}, run, witness, seed, attention_tile=draw(st.sampled_from([64, 1, 2, 3, 5])), h=h)
 
 
 def run_attention(x: np.ndarray, params: Arrays, n_head: int) -> tuple:
@@ -217,8 +245,8 @@ def cross_entropies(draw: st.DrawFn) -> Case:
     count = int((targets >= 0).sum()) + extra  # extra: these are part of a larger batch
 
     def run(t: Arrays) -> tuple[np.ndarray, Backward]:
-        loss, cache = numpygpt.cross_entropy_forward(t["logits"], targets, count)
-        return np.asarray(loss), lambda dout: {"logits": dout * numpygpt.cross_entropy_backward(cache)}
+        loss, saved = numpygpt.cross_entropy_forward(t["logits"], targets, count)
+        return np.asarray(loss), lambda dout: {"logits": dout * numpygpt.cross_entropy_backward(saved)}
 
     def witness(t: dict[str, torch.Tensor]) -> torch.Tensor:
         flat = torch.from_numpy(targets).flatten()
@@ -234,6 +262,7 @@ LAYERS: dict[str, st.SearchStrategy[Case]] = {
     "gelu": gelus(),
     "dropout": dropouts(),
     "softmax": softmaxes(),
+    "scaled_dot_product_attention": scaled_dot_product_attentions(),
     "attention": modules("h.0.attn.", run_attention, lambda c, kind: torchgpt.Attention(c, kind)),
     "mlp": modules("h.0.mlp.", run_mlp, lambda c, kind: torchgpt.MLP(c)),
     "block": modules("h.0.", run_block, lambda c, kind: torchgpt.Block(c, kind)),
@@ -249,7 +278,7 @@ of_each_layer = pytest.mark.parametrize("layer", LAYERS)
 
 def run_numpy(case: Case, dtype: type) -> tuple[Arrays, np.ndarray]:
     """{"out" and each tensor's gradient}, and the dout that it is for."""
-    with blocks_of(case.attention_block):
+    with tiles_of(case.attention_tile):
         out, backward = case.run({name: tensor.astype(dtype) for name, tensor in case.tensors.items()})
         dout = np.random.default_rng(case.seed).standard_normal(out.shape).astype(dtype)
         grads = backward(dout.copy())
@@ -291,7 +320,7 @@ def test_layer_parity_float32(layer: str, data: st.DataObject) -> None:
     case.tensors = {name: tensor.astype(np.float32).astype(np.float64) for name, tensor in case.tensors.items()}
     ours, dout = run_numpy(case, np.float32)
     theirs = run_torch(case, dout)
-    with blocks_of(case.attention_block):
+    with tiles_of(case.attention_tile):
         out, backward = case.run(case.tensors)
         truth = {"out": out, **backward(dout.astype(np.float64))}
     for name in truth:
@@ -312,7 +341,7 @@ def test_layer_parity_float32(layer: str, data: st.DataObject) -> None:
 def test_layer_finite_differences(layer: str, data: st.DataObject) -> None:
     """A failure: this layer's backward is not the derivative of its own forward."""
     case = data.draw(LAYERS[layer])
-    with blocks_of(case.attention_block):
+    with tiles_of(case.attention_tile):
         out, backward = case.run(case.tensors)
         rng = np.random.default_rng(case.seed)
         dout = rng.standard_normal(out.shape)

@@ -21,16 +21,17 @@ from tests.helpers import (
     assert_as_exact_as_torch,
     assert_close,
     assert_finite_differences,
-    blocks_of,
     forward,
     loss_and_grads,
     property_test,
     random_weights,
     rms,
+    tiles_of,
     torch_twin,
     uncancelled_scales,
 )
 from tests.strategies import HUGE, LARGE, SEEDS, TYPICAL, USUAL, Example, examples
+from training.parallel import loss_and_grads_in_parts, loss_in_parts
 
 # The gates, and the worst that a thousand examples gave.
 LOGITS, GRADIENTS = 1e-13, 1e-12  # 1e-14 and 1e-13; with Hugging Face, 9e-14 and 2e-13
@@ -69,7 +70,7 @@ def compare(
 
 def all_of(model: object, example: Example) -> tuple[np.ndarray, float, Arrays]:
     """Logits, loss and gradients."""
-    with blocks_of(example.attention_block):
+    with tiles_of(example.attention_tile):
         logits, _ = forward(model, example.idx)
         return logits, *loss_and_grads(model, example.idx, example.targets)
 
@@ -226,7 +227,7 @@ def test_finite_differences_of_the_whole_model(bias: bool) -> None:
         model.params = tensors
         return float(model.forward(idx, targets)[1])
 
-    with blocks_of(3):
+    with tiles_of(3):
         _, grads = model.loss_and_grads(idx, targets)
         assert_finite_differences(
             "the model, finite differences",
@@ -272,15 +273,21 @@ def test_parity_of_a_batch_and_its_uneven_pieces(example: Example, pieces: list[
 )
 def test_parity_of_one_thread_and_many(example: Example, threads: int) -> None:
     """A failure: cutting a batch among threads changes more than rounding, or is not the same every time."""
-    model = numpygpt.GPT(example.config, example.params)
-    cut = numpygpt.GPT(example.config, example.params, threads=threads)
-    first, again = all_of(cut, example), all_of(cut, example)
-    scales = uncancelled_scales(model, example.idx, example.targets)
-    compare("one thread and many", first, all_of(model, example), scales, (1e-13, 1e-12))
-    assert np.array_equal(first[0], again[0]), "the logits of the same batch differ between two calls"
-    assert first[1] == again[1], "the loss of the same batch differs between two calls"
-    for name in first[2]:
-        assert np.array_equal(first[2][name], again[2][name]), f"the gradient of {name} differs between two calls"
+    model, idx, targets = numpygpt.GPT(example.config, example.params), example.idx, example.targets
+    with tiles_of(example.attention_tile):
+        first, again = (loss_and_grads_in_parts(model, idx, targets, threads=threads) for _ in range(2))
+    logits, loss, grads = all_of(model, example)
+    scales = uncancelled_scales(model, idx, targets)
+    compare("one thread and many", (logits, *first), (logits, loss, grads), scales, (1e-13, 1e-12))
+    assert first[0] == again[0], "the loss of the same batch differs between two calls"
+    for name in grads:
+        assert np.array_equal(first[1][name], again[1][name]), f"the gradient of {name} differs between two calls"
+    evaluated = loss_in_parts(model, idx, np.maximum(targets, 0), threads=threads)  # evaluation has no targets of -1
+    size = max(1.0, rms(logits))
+    expected = model.forward(idx, np.maximum(targets, 0))[1]
+    assert_close(
+        "one thread and many", "evaluation", evaluated, expected, 1e-13, scale=size, meaning="Parts weigh wrong."
+    )
 
 
 @property_test(always=ALWAYS, example=examples(gains=(USUAL,)))
@@ -384,12 +391,13 @@ def names_in(file: str) -> list[str]:
 def test_names_line_up_in_both_files() -> None:
     """A failure: who reads the files side by side meets the same things under other names or in another order."""
     layers = {"attention_forward": "Attention", "mlp_forward": "MLP", "block_forward": "Block"}
+    layers["scaled_dot_product_attention_forward"] = "scaled_dot_product_attention"
     ours = [layers.get(name, name) for name in names_in("numpygpt.py")]
     theirs = names_in("torchgpt.py")
     common = [name for name in ours if name in theirs]
     assert common == [name for name in theirs if name in ours]
-    assert {"Attention", "MLP", "Block", "GPT", "sample"} <= set(common)
-    assert {f"GPT.{m}" for m in ("num_params", "forward", "_logits", "generate", "stream", "_stream")} <= set(common)
+    assert {"scaled_dot_product_attention", "Attention", "MLP", "Block", "GPT", "sample"} <= set(common)
+    assert {f"GPT.{m}" for m in ("num_params", "forward", "generate", "stream", "_stream")} <= set(common)
 
 
 def test_weights_move_to_torch_under_the_same_names_and_shapes() -> None:

@@ -22,12 +22,12 @@ from tests.helpers import (
     ENGINES,
     Arrays,
     assert_close,
-    blocks_of,
     forward,
     generate,
     make,
     property_test,
     random_weights,
+    tiles_of,
 )
 from tests.strategies import SEEDS, configs
 
@@ -72,7 +72,7 @@ class Prompt:
     new: int
     options: dict
     seed: int
-    attention_block: int
+    attention_tile: int
 
 
 @st.composite
@@ -87,7 +87,7 @@ def prompts(draw: st.DrawFn) -> Prompt:
         B=draw(st.integers(1, 3)),
         ties=draw(st.sampled_from([0, 2, config.vocab_size])),
         seed=draw(SEEDS),
-        attention_block=draw(st.sampled_from([64, 1, 3])),
+        attention_tile=draw(st.sampled_from([64, 1, 3])),
         temperature=draw(st.sampled_from([0, 1e-3, 0.5, 1.0, 2.0, 100.0])),
         top_k=draw(st.one_of(st.none(), st.integers(1, config.vocab_size + 2))),
     )
@@ -101,13 +101,13 @@ def make_prompt(
     B: int = 2,
     ties: int = 0,
     seed: int = 0,
-    attention_block: int = 3,
+    attention_tile: int = 3,
     **options,
 ) -> Prompt:
     """Weights and a prompt. ties: so many tokens have the same embedding, of zeros, and with it the same logit."""
     params, rng = random_weights(config, seed), np.random.default_rng(seed)
     params["wte.weight"][:ties] = 0
-    return Prompt(config, params, rng.integers(config.vocab_size, size=(B, T)), new, options, seed, attention_block)
+    return Prompt(config, params, rng.integers(config.vocab_size, size=(B, T)), new, options, seed, attention_tile)
 
 
 SMALL = GPTConfig(vocab_size=7, block_size=5, n_layer=2, n_head=2, n_embd=6, dropout=0.0)
@@ -127,7 +127,7 @@ def test_sampling_parity(prompt: Prompt) -> None:
     texts, states = {}, {}
     for engine in ALL_ENGINES:
         rng = np.random.default_rng(prompt.seed)
-        with blocks_of(prompt.attention_block):
+        with tiles_of(prompt.attention_tile):
             model = make(engine, prompt.config, prompt.params)
             texts[engine] = generate(model, prompt.idx, prompt.new, rng=rng, **prompt.options)
         states[engine] = rng.bit_generator.state
@@ -163,7 +163,7 @@ def test_the_cache_changes_nothing(engine: str, prompt: Prompt) -> None:
     then decay after the first tokens, or at the window's edge.
     """
     model = make(engine, prompt.config, prompt.params)
-    with blocks_of(prompt.attention_block), recorded_logits(engine) as seen:
+    with tiles_of(prompt.attention_tile), recorded_logits(engine) as seen:
         text = generate(model, prompt.idx, prompt.new, rng=np.random.default_rng(prompt.seed), **prompt.options)
     assert len(seen) == prompt.new
     T = prompt.idx.shape[1]

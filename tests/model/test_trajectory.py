@@ -14,7 +14,6 @@ from data.tokenizers import CharTokenizer
 from numpygpt import GPTConfig
 from tests.helpers import (
     ENGINES,
-    Learner,
     assert_close,
     property_test,
     rms,
@@ -22,8 +21,9 @@ from tests.helpers import (
     train_config,
 )
 from tests.model.test_dropout import played_back, recorded_masks
+from tests.runs import make_engine
 from tests.strategies import SEEDS
-from training.batches import Batches, split, step_rng
+from training.batches import Batches, split
 from training.config import TrainConfig, learning_rate
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -135,18 +135,22 @@ def tokens_of(name: str) -> tuple[np.ndarray, int]:
     return np.asarray(tokenizer.encode(text)), tokenizer.vocab_size
 
 
-def recipe(tokens: np.ndarray, training: TrainConfig, steps: int) -> Iterator[tuple[list, float]]:
-    """The micro-batches and the learning rate of each step."""
+def trainers(config: GPTConfig, training: TrainConfig) -> list:
+    """Both engines as the trainers use them; PyTorch's attention is explicit, so that masks can be played back."""
+    return [make_engine(kind, config, training, attention="explicit") for kind in ENGINES]
+
+
+def recipe(tokens: np.ndarray, training: TrainConfig, steps: int) -> Iterator[tuple[int, list, float]]:
+    """Number, micro-batches and learning rate of each step: what a trainer's train_step takes."""
     batches = Batches(tokens, MODEL["block_size"], training.batch_size, training.seed)
     for step in range(steps):
-        yield split(batches.at(step), training.grad_accum), learning_rate(step, training)
+        yield step, split(batches.at(step), training.grad_accum), learning_rate(step, training)
 
 
-def compare_states(what: str, ours: Learner, theirs: Learner, meaning: str) -> None:
-    """Weights, m and v of two learners, tensor by tensor."""
-    their_state = theirs.state()
-    for kind, mine in ours.state().items():
-        others = their_state[kind]
+def compare_states(what: str, ours: object, theirs: object, meaning: str) -> None:
+    """Weights, m and v of two engines, tensor by tensor."""
+    for kind in ("weights", "m", "v"):
+        mine, others = (getattr(engine.save(), kind) for engine in (ours, theirs))
         assert list(mine) == list(others)
         for name in mine:
             limit = KEY_BIAS if kind == "weights" and name.endswith("c_attn.bias") else STATE
@@ -163,11 +167,11 @@ def test_trajectory_parity_float64(text: str) -> None:
     """
     tokens, V = tokens_of(text)
     config, training = GPTConfig(V, dropout=0.0, **MODEL), train_config(**RECIPE)
-    ours, theirs = (Learner(engine, config, training) for engine in ENGINES)
+    ours, theirs = trainers(config, training)
     norms, losses = [], []
-    for step, (micro_batches, lr) in enumerate(recipe(tokens, training, 200)):
-        loss, norm = ours.train_step(micro_batches, lr)
-        their_loss, their_norm = theirs.train_step(micro_batches, lr)
+    for step, micro_batches, lr in recipe(tokens, training, 200):
+        loss, norm = ours.train_step(step, micro_batches, lr)
+        their_loss, their_norm = map(float, theirs.train_step(step, micro_batches, lr))
         meaning = f"The loss curves part at step {step}."
         assert_close("200 steps, float64", "loss", loss, np.float64(their_loss), LOSS, meaning=meaning)
         assert_close("200 steps, float64", "norm", norm, np.float64(their_norm), NORM, meaning=meaning)
@@ -188,20 +192,20 @@ def test_trajectory_parity_with_dropout(text: str) -> None:
     """
     tokens, V = tokens_of(text)
     config, training = GPTConfig(V, dropout=0.2, **MODEL), train_config(**RECIPE)
-    ours, theirs = (Learner(engine, config, training) for engine in ENGINES)
-    for step, (micro_batches, lr) in enumerate(recipe(tokens, training, 20)):
+    ours, theirs = trainers(config, training)
+    for step, micro_batches, lr in recipe(tokens, training, 20):
         with recorded_masks() as masks:
-            loss, _ = ours.train_step(micro_batches, lr, step_rng(0, step, "dropout"))
+            loss, _ = ours.train_step(step, micro_batches, lr)
         with played_back(masks, config.dropout):
-            their_loss, _ = theirs.train_step(micro_batches, lr)
+            their_loss = float(theirs.train_step(step, micro_batches, lr)[0])
         meaning = f"The loss curves part at step {step}."
         assert_close("20 steps, dropout", "loss", loss, np.float64(their_loss), LOSS, meaning=meaning)
     compare_states("20 steps, dropout", ours, theirs, "The same losses, but another state.")
 
 
 def losses_of(engine: str, config: GPTConfig, training: TrainConfig, tokens: np.ndarray, steps: int) -> np.ndarray:
-    learner = Learner(engine, config, training)
-    return np.array([learner.train_step(*step)[0] for step in recipe(tokens, training, steps)])
+    trainer = make_engine(engine, config, training, attention="explicit")
+    return np.array([float(trainer.train_step(*step)[0]) for step in recipe(tokens, training, steps)])
 
 
 @of_each_text
@@ -229,7 +233,7 @@ def test_one_batch_is_learned_by_heart(engine: str) -> None:
     idx, targets = rng.integers(11, size=(2, 3, 8))
     idx[:, 0] = [0, 1, 2]  # so that the rows can be told apart from the start
     training = train_config(weight_decay=0.0)
-    learner = Learner(engine, GPTConfig(11, 8, n_layer=2, n_head=2, n_embd=16, dropout=0.0), training)
-    losses = [learner.train_step([(idx, targets)], 1e-2)[0] for _ in range(150)]
+    trainer = make_engine(engine, GPTConfig(11, 8, n_layer=2, n_head=2, n_embd=16, dropout=0.0), training)
+    losses = [float(trainer.train_step(step, [(idx, targets)], 1e-2)[0]) for step in range(150)]
     assert losses[0] > 2
     assert losses[-1] < 0.01, f"after 150 steps on one batch the loss is {losses[-1]}"

@@ -220,7 +220,7 @@ def test_a_recipe_that_lost_its_compiler_is_not_timed(small_gpu_bench: Path, mon
 
 def fall_back_at_once(train_step: Callable) -> Callable:
     def step(engine: train_torch.TorchEngine, *args: object) -> object:
-        engine.flags = replace(engine.flags, fused=False)
+        engine.flags = replace(engine.flags, recompute=True)
         return train_step(engine, *args)
 
     return step

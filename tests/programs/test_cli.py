@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -53,10 +54,9 @@ def test_a_whole_run_and_a_sample_of_it(engine: str, tmp_path: Path) -> None:
     ):
         assert expected in done.stdout
     if engine == "torch":
-        assert "device cpu, float32, eager, fused AdamW" in done.stdout
+        assert "device cpu, float32, eager" in done.stdout
     kept = sorted(str(path.relative_to(tmp_path / "a run")) for path in (tmp_path / "a run").rglob("*"))
-    checkpoint = ["model.safetensors", "optimizer.safetensors", "state.json"]
-    checkpoints = [name for folder in ("best", "last") for name in (folder, *(f"{folder}/{f}" for f in checkpoint))]
+    checkpoints = ["best.safetensors", "last.safetensors"]
     assert kept == sorted(["config.json", "lock", "loss.png", "metrics.jsonl", "tokenizer.json", *checkpoints])
     assert (tmp_path / "a run" / "loss.png").read_bytes().startswith(b"\x89PNG")
 
@@ -128,7 +128,7 @@ def test_help_is_complete_and_grouped(program: str) -> None:
     flags += ["--weight-decay", "--beta1", "--beta2", "--grad-clip", "--eval-interval", "--log-interval", "--seed"]
     flags += ["--dtype", "--preset {tiny,small,full,gpt2}", "--run-dir", "--resume", "--overwrite", "--threads"]
     if program == "train_torch.py":
-        flags += ["device options", "--device {cpu,cuda,mps}", "--compile, --no-compile", "--fused, --no-fused"]
+        flags += ["device options", "--device {cpu,cuda,mps}", "--compile, --no-compile", "--recompute, --no-recompute"]
     for flag in flags:
         assert flag in shown, flag
     assert "(default: 50257)" in shown, "the defaults are those of the preset asked for"
@@ -295,13 +295,11 @@ def test_odd_corpora_work_or_are_one_line(
         assert said in one_line(printed.err)
 
 
-def test_a_validation_split_of_one_character_of_several_bytes_is_too_short(
-    tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_a_validation_split_of_one_character_of_several_bytes(tmp_path: Path) -> None:
+    """Two tokens, of which one is predicted. A failure: a division by zero, for no whole character is."""
     (tmp_path / "text.txt").write_text("ababababaé", encoding="utf-8")
     flags = {"tokenizer": "bpe", "bpe_vocab_size": 257, "block_size": 2, "max_steps": 1}
-    assert start("numpy", tmp_path / "text.txt", tmp_path / "run", **flags) == 1
-    assert "is a single character, and 2 are needed" in one_line(capsys.readouterr().err)
+    assert start("numpy", tmp_path / "text.txt", tmp_path / "run", **flags) == 0
 
 
 def test_not_enough_memory_is_one_line(
@@ -330,7 +328,7 @@ def test_a_refused_run_deletes_nothing_but_its_own_lock(
     if file == "config.json":
         (tmp_path / "run").mkdir()
     assert start("numpy", text, tmp_path / "run") == 1
-    kept = {"lock"} if file == "config.json" else {"lock", "note.txt"}
+    kept = set() if file == "config.json" else {"note.txt"}
     assert {path.name for path in (tmp_path / "run").iterdir()} == kept
 
 
@@ -503,12 +501,24 @@ def test_what_is_all_pytorch_says_so_where_there_is_none(program: str) -> None:
     assert done.stderr == "error: needs the package torch: pip install -r requirements-dev.txt\n"
 
 
-def test_an_import_that_is_a_bug_is_a_traceback_and_one_that_is_interrupted_says_nothing() -> None:
-    begin = "from common.startup import explain_failed_imports as e; e(); "
-    for then, said in (("import data.no_such", "ModuleNotFoundError"), ("raise KeyboardInterrupt", "")):
-        done = subprocess.run([sys.executable, "-c", begin + then], cwd=ROOT, capture_output=True, encoding="utf-8")
-        assert done.returncode != 0
-        assert (said in done.stderr) if said else done.stderr == ""
+def test_an_import_that_is_a_bug_is_a_traceback() -> None:
+    begin = "from common.startup import prepare_imports as e; e(); "
+    done = subprocess.run(
+        [sys.executable, "-c", f"{begin}import data.no_such"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert "ModuleNotFoundError" in done.stderr
+
+
+def test_ctrl_c_during_the_imports_says_nothing() -> None:
+    code = (
+        "from common.startup import prepare_imports as e; e(); import os, signal; os.kill(os.getpid(), signal.SIGINT)"
+    )
+    # Where the parent ignores SIGINT, as in the background of a script, so would the child.
+    preset = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    done = subprocess.run([sys.executable, "-c", preset + code], cwd=ROOT, capture_output=True, encoding="utf-8")
+    assert done.returncode == -signal.SIGINT
+    assert done.stderr == ""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -546,9 +556,9 @@ def test_a_run_that_cannot_begin_does_not_cost_the_old_one(
     tmp_path: Path, text: Path, capsys: pytest.CaptureFixture
 ) -> None:
     assert start("numpy", text, tmp_path / "run", max_steps=2) == 0
-    before = (tmp_path / "run" / "last" / "model.safetensors").read_bytes()
+    before = (tmp_path / "run" / "last.safetensors").read_bytes()
     assert start("numpy", text, tmp_path / "run", overwrite="", vocab_size=2) == 1
-    assert (tmp_path / "run" / "last" / "model.safetensors").read_bytes() == before
+    assert (tmp_path / "run" / "last.safetensors").read_bytes() == before
 
 
 def test_config_json_records_what_was_chosen(tmp_path: Path, text: Path) -> None:

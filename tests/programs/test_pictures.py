@@ -75,15 +75,21 @@ def test_an_imported_run_shows_what_it_knows_and_no_training(tmp_path: Path, cap
     with pytest.raises(UserError, match="prompt must be given"):
         pictures.main([str(imported)])
     capsys.readouterr()
-    assert drawn(imported, "--prompt", PROMPT) == set(pictures.PICTURES) - {"gradients", "first_steps", "grad_norm"}
+    assert drawn(imported, "--prompt", PROMPT) == set(pictures.PICTURES) - {
+        "gradients",
+        "first_steps",
+        "grad_norm",
+        "newton_schulz",
+    }
     assert capsys.readouterr().err.splitlines() == [
         "without gradients.png: the run's beginning cannot be made again: its weights were imported",
         "without first_steps.png: the run's beginning cannot be made again: its weights were imported",
+        "without newton_schulz.png: the run's beginning cannot be made again: its weights were imported",
         "without grad_norm.png: metrics.jsonl has no gradients yet",
     ]
 
     assert resume("numpy", imported, data=text, max_steps=12, batch_size=4, grad_accum=1, log_interval=1) == 0
-    assert drawn(imported) == set(pictures.PICTURES) - {"gradients", "first_steps"}
+    assert drawn(imported) == set(pictures.PICTURES) - {"gradients", "first_steps", "newton_schulz"}
 
 
 def test_another_text_is_not_taken_for_the_run_s(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -93,7 +99,11 @@ def test_another_text_is_not_taken_for_the_run_s(tmp_path: Path, capsys: pytest.
     with pytest.raises(UserError, match="prompt must be given"):
         pictures.main([str(folder)])
     capsys.readouterr()
-    assert drawn(folder, "--prompt", PROMPT[:16]) == set(pictures.PICTURES) - {"gradients", "first_steps"}
+    assert drawn(folder, "--prompt", PROMPT[:16]) == set(pictures.PICTURES) - {
+        "gradients",
+        "first_steps",
+        "newton_schulz",
+    }
     assert f"{text} has changed since" in capsys.readouterr().err
 
 
@@ -103,8 +113,8 @@ def test_attention_is_what_the_engine_computed(run: Path, monkeypatch: pytest.Mo
     softmax_forward = numpygpt.softmax_forward
 
     def watched(x: np.ndarray) -> np.ndarray:
-        seen.append(softmax_forward(x).copy())
-        return x
+        seen.append(softmax_forward(x))
+        return seen[-1]
 
     monkeypatch.setattr(numpygpt, "softmax_forward", watched)
     logits, _ = numpygpt.GPT(subject.config, subject.weights).forward(subject.ids[None, :-1])

@@ -112,7 +112,8 @@ def prepare(command: str, folder: Path) -> None:
     words = shlex.split(command)
     for before, word in pairwise(words):
         if word.startswith("runs/") and before != "--run-dir":
-            assert start("numpy", text, folder / word, max_steps=2, decay_steps=4) == 0
+            run_dir = folder / word.removesuffix("/last.safetensors")
+            assert start("numpy", text, run_dir, max_steps=2, decay_steps=4) == 0
 
 
 def readme_commands() -> list[str]:

@@ -1,5 +1,6 @@
 """sample.py: the same text from both engines, prompts from everywhere, and errors that name what is wrong."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -181,9 +182,9 @@ def test_a_run_that_was_never_best_samples_from_last(
 ) -> None:
     text = write_text(tmp_path)
     assert start("numpy", text, tmp_path / "run", max_steps=1, decay_steps=3) == 0
-    (tmp_path / "run" / "best").rename(tmp_path / "elsewhere")
+    (tmp_path / "run" / "best.safetensors").rename(tmp_path / "elsewhere")
     assert sampled(tmp_path / "run", "--max-new-tokens", 5, capsys=capsys)
-    (tmp_path / "run" / "last").rename(tmp_path / "elsewhere too")
+    (tmp_path / "run" / "last.safetensors").rename(tmp_path / "elsewhere too")
     assert "has no checkpoint yet" in refused(tmp_path / "run", capsys=capsys)
 
 
@@ -208,6 +209,34 @@ def test_settings_that_make_no_sense(
     engine_flags = [] if "--engine" in options else ["--engine", engine]
     prompt = [] if "--prompt" in options else ["--prompt", "A"]
     assert said in refused(run_dir, *prompt, *options, *engine_flags, capsys=capsys)
+
+
+def test_a_checkpoint_may_be_named_itself(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """The tokenizer and config.json beside it are used."""
+    length = ["--max-new-tokens", 30]
+    assert sampled(run_dir / "best.safetensors", *length, capsys=capsys) == sampled(run_dir, *length, capsys=capsys)
+    assert sampled(run_dir / "last.safetensors", *length, capsys=capsys)
+    assert "no file" in refused(run_dir / "first.safetensors", capsys=capsys)
+    (tmp_path / "alone.safetensors").write_bytes((run_dir / "best.safetensors").read_bytes())
+    assert "is not a run: it has no config.json" in refused(tmp_path / "alone.safetensors", capsys=capsys)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("engine", ["numpy", "torch"])
+def test_weights_that_are_finite_but_huge_are_one_line(
+    engine: str, run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sample, "LARGE", 1)  # in float64 they would be fine
+    config, weights, tokenizer = load_run(run_dir)
+    huge = {name: np.full_like(weight, 3e38) for name, weight in weights.items()}
+    export.write_run(tmp_path / "huge", config, huge, tokenizer)
+    line = refused(tmp_path / "huge", "--engine", engine, capsys=capsys)
+    assert f"{tmp_path / 'huge'} cannot write: logits must be finite, got finite weights too large" in line
+    if engine == "numpy" and importlib.util.find_spec("onnxruntime"):
+        assert run_program(lambda: export.main(["to-onnx", str(tmp_path / "huge"), str(tmp_path / "x.onnx")])) == 1
+        line = runs.one_line(capsys.readouterr().err)
+        assert f"{tmp_path / 'huge'} cannot be exported: logits must be finite" in line
+        assert not (tmp_path / "x.onnx").exists()
 
 
 def test_a_folder_that_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -18,24 +18,22 @@ from hypothesis import strategies as st
 from common.errors import UserError
 from data.tokenizers import CharTokenizer, save
 from numpygpt import GPTConfig
+from tests import runs
 from tests.runs import ENGINES, measured, refused, start, write_text
 from train_numpy import NumpyEngine
-from train_torch import DeviceFlags, TorchEngine
+from train_torch import TorchEngine
 from training import loop
 from training.batches import Batches, random_batch, split, step_rng
 from training.config import PRESETS, Flags, ModelFlags, RunFlags, TrainConfig, learning_rate
 from training.evaluate import bits_per_char, consecutive_windows, estimate, evaluate
-from training.metrics import MetricsWriter, draw_losses, read_metrics, trim_metrics
+from training.metrics import MetricsWriter, draw_losses, metrics_until, read_metrics, write_metrics
 
 MODEL = GPTConfig(vocab_size=11, block_size=8, n_layer=2, n_head=2, n_embd=16, dropout=0.0)
-CPU = DeviceFlags("cpu", compile=False, graph=False, pad_vocab=False)
 TRAINING = dataclasses.replace(PRESETS["tiny"].training, dtype="float64", seed=3)
 
 
 def make_engine(kind: str, model: GPTConfig = MODEL, training: TrainConfig = TRAINING) -> NumpyEngine | TorchEngine:
-    if kind == "numpy":
-        return NumpyEngine(model, training, threads=1)
-    return TorchEngine(model, training, CPU)
+    return runs.make_engine(kind, model, training)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -82,8 +80,6 @@ def test_presets_are_the_documented_models() -> None:
         ("min_lr", 1.0),
         ("beta1", 1.0),
         ("beta2", -0.1),
-        ("ema", 1.0),
-        ("ema", -0.1),
         ("weight_decay", -0.1),
         ("grad_clip", math.inf),
         ("eval_interval", 0),
@@ -106,7 +102,7 @@ def test_a_model_beyond_any_machine_is_refused(field: str) -> None:
     sizes = {"n_layer": 1, "n_head": 1, "n_embd": 1, "block_size": 1, "dropout": 0.0, "vocab_size": 1}
     if field == "n_head":
         sizes["n_embd"] = 2**40
-    with pytest.raises(ValueError, match="below 1048576"):
+    with pytest.raises(ValueError, match=f"{field} must be an integer of at least 1 and below (4096|1048576)"):
         ModelFlags(**sizes | {field: 2**40})
 
 
@@ -291,7 +287,7 @@ def test_accumulation_equals_the_large_batch(kind: str) -> None:
     for parts in (1, 2, 3, 7):  # 7 sequences: 4 + 3, 3 + 2 + 2, ...
         engine = make_engine(kind)
         steps = [engine.train_step(step, split((idx, targets), parts), 1e-2) for step in range(3)]
-        results[parts] = (np.array(steps, float), engine.save()[0])
+        results[parts] = (np.array(steps, float), engine.save().weights)
     for parts in (2, 3, 7):
         np.testing.assert_allclose(results[parts][0], results[1][0], rtol=1e-12)
         for name, weight in results[1][1].items():
@@ -322,15 +318,16 @@ def test_numbers_that_are_not_finite_stop_before_the_update(kind: str, broken: s
     engine = make_engine(kind)
     batch = tuple(np.random.default_rng(5).integers(MODEL.vocab_size, size=(2, 4, 8)))
     engine.train_step(0, [batch], 1e-3)
-    weights, m, v, t, _ = engine.save()
-    weights = {name: weight.copy() for name, weight in weights.items()}
+    saved = engine.save()
+    weights = {name: weight.copy() for name, weight in saved.weights.items()}
     weights[broken].flat[3] = np.inf
-    engine.load(weights, m, v, t)
+    engine.load(dataclasses.replace(saved, weights=weights), 1)
+    moments = {name: array.copy() for name, array in engine.save().m.items()}
     with pytest.raises(ValueError, match="finite"):
         engine.train_step(1, [batch], 1e-3)
     after = engine.save()
-    assert after[3] == t
-    assert all((after[0][name] == weights[name]).all() for name in weights)
+    assert all((after.weights[name] == weights[name]).all() for name in weights)
+    assert all((after.m[name] == moments[name]).all() for name in moments)
 
 
 @pytest.mark.parametrize("kind", ENGINES)
@@ -340,7 +337,7 @@ def test_clipping_off_and_on(kind: str) -> None:
     for clip in (0.0, 0.01):
         engine = make_engine(kind, training=dataclasses.replace(TRAINING, grad_clip=clip))
         norms.append(engine.train_step(0, [batch], 1e-3)[1])
-        moments.append(engine.save()[1])
+        moments.append(engine.save().m)
     assert norms[0] == norms[1] > 0.01, "the norm is that before clipping"
     total = math.sqrt(sum((m**2).sum() for m in moments[1].values())) / (1 - TRAINING.beta1)
     assert total == pytest.approx(0.01, rel=1e-3)
@@ -357,11 +354,11 @@ def test_compile_that_fails_is_given_up(capsys: pytest.CaptureFixture, monkeypat
         return call
 
     monkeypatch.setattr(torch, "compile", broken_compile)
-    engine = TorchEngine(MODEL, TRAINING, dataclasses.replace(CPU, compile=True, fused=False))
+    engine = runs.make_engine("torch", MODEL, TRAINING, compile=True)
     batch = tuple(np.random.default_rng(5).integers(MODEL.vocab_size, size=(2, 4, 8)))
     losses = [engine.train_step(step, [batch], 1e-2)[0] for step in range(2)]
     assert losses[0] == make_engine("torch").train_step(0, [batch], 1e-2)[0]
-    assert capsys.readouterr().err == "torch.compile failed, so on without it: RuntimeError: no compiler\n"
+    assert capsys.readouterr().err == "torch.compile failed, continuing without it: RuntimeError: no compiler\n"
 
 
 def test_bfloat16_autocast_keeps_the_weights_float32() -> None:
@@ -370,7 +367,7 @@ def test_bfloat16_autocast_keeps_the_weights_float32() -> None:
     loss, _ = engine.train_step(0, [batch], 1e-2)
     exact = make_engine("torch").train_step(0, [batch], 1e-2)[0]
     assert 0 < abs(loss - exact) < 0.05
-    assert {weight.dtype for weight in engine.save()[0].values()} == {np.dtype(np.float32)}
+    assert {weight.dtype for weight in engine.save().weights.values()} == {np.dtype(np.float32)}
 
 
 def test_bfloat16_is_for_training_and_not_for_evaluation() -> None:
@@ -417,7 +414,7 @@ def test_metrics_are_written_read_and_trimmed(tmp_path: Path) -> None:
     with open(path, "ab") as file:
         file.write(b'{"step": 4, "spl')  # a power cut
     assert read_metrics(path) == lines
-    trim_metrics(path, 2)
+    write_metrics(path, metrics_until(read_metrics(path), 2))
     assert [(line["step"], line["protocol"]) for line in read_metrics(path)] == [
         (0, "batch"),
         (1, "full"),
@@ -459,11 +456,30 @@ def test_a_full_disk_leaves_no_half_line(tmp_path: Path, monkeypatch: pytest.Mon
     assert path.read_bytes() == whole
 
 
-def test_the_picture_is_drawn_from_whatever_was_measured(tmp_path: Path) -> None:
+def write_lines(path: Path, *metrics: dict) -> Path:
+    path.write_text("".join(json.dumps(m) + "\n" for m in metrics))
+    return path
+
+
+@pytest.mark.parametrize("title", ["a title", "runs/$1_and_$2", "$", r"\$x$", "\udcff of other bytes", "{", "\n"])
+def test_the_picture_is_drawn_from_whatever_was_measured(
+    title: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Whatever the run is called: a $ is no formula."""
     for number, metrics in enumerate(([], [{"step": 0, "split": "train", "protocol": "batch", "loss": 4.0}])):
         path = tmp_path / f"{number}.png"
-        draw_losses(path, metrics, "a title", {"bigram": 2.5, "entropy": 1.0})
+        draw_losses(path, write_lines(tmp_path / "metrics.jsonl", *metrics), title, {"bigram": 2.5, "entropy": 1.0})
+        assert capsys.readouterr().err == ""
         assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_picture_that_cannot_be_drawn_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "loss.png").mkdir()
+    draw_losses(tmp_path / "loss.png", write_lines(tmp_path / "metrics.jsonl"), "a title", {})
+    assert re.fullmatch(r"no loss\.png: IsADirectoryError: .*\n", capsys.readouterr().err)
+    (tmp_path / "metrics.jsonl").write_text("garbage\n")
+    draw_losses(tmp_path / "new.png", tmp_path / "metrics.jsonl", "a title", {})
+    assert re.fullmatch(r"no new\.png: UserError: .*\n", capsys.readouterr().err)
 
 
 def test_tokenizers_of_a_run_can_be_bpe(tmp_path: Path) -> None:
@@ -494,7 +510,7 @@ def test_the_end_tells_the_time_of_training_alone(
     engine = {"numpy": NumpyEngine, "torch": TorchEngine}[kind]
     monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: now))
     monkeypatch.setattr(engine, "train_step", passing(engine.train_step, chain([7.0], repeat(0.5))))
-    for name in ("evaluate", "estimate", "save_checkpoints"):
+    for name in ("evaluate", "estimate", "save_last", "save_tensors"):
         monkeypatch.setattr(loop, name, passing(getattr(loop, name), repeat(100.0)))
     start(kind, write_text(tmp_path), tmp_path / "run")  # 12 updates of 6 sequences of 16 tokens
     said = "12 steps: 5.5 s of training, 192 tokens/s; besides, 7.0 s for the first one"
