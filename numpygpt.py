@@ -6,9 +6,9 @@ turn by attention (each token looks at itself and the tokens before it) and by a
 moves softmax(logits[b, t]) towards targets[b, t], the token that followed idx[b, t] in the text.
 
 What is here: the GPT-2 architecture (Radford et al. 2019; pre-LayerNorm, learned positions, tanh GELU, the output head
-tied to the token embedding), every gradient (docs/derivations.md derives them), AdamW, clipping, and generation with a
-key/value cache. What is not: autograd, data, training loops, files, threads. torchgpt.py beside this file is the same
-model in PyTorch, with the same names in the same order; the tests prove that the two are one function.
+tied to the token embedding), every gradient (docs/derivations.md derives them), clipping, AdamW, Muon, and generation
+with a key/value cache. What is not: autograd, data, training loops, files, threads. torchgpt.py beside this file is the
+same model in PyTorch, with the same names in the same order; the tests prove that the two are one function.
 
 Letters used for shapes, here and everywhere in the project:
 
@@ -308,8 +308,8 @@ def scaled_dot_product_attention_forward(
     hs, queries, keys = q.shape[-1], q.shape[-2], k.shape[-2]
     scores = q @ k.swapaxes(-1, -2)  # 1. how well each key fits each query: (B, nh, queries, keys)
     att = scores / math.sqrt(hs)  # 2. a sum of hs products grows like sqrt(hs): keep its size, or softmax saturates
-    future = np.triu(np.ones((queries, keys), bool), k=1 + keys - queries)  # keys of later tokens than the query's
-    att = np.where(future, -np.inf, att)  # 3. nobody looks ahead; a finite number could be less than some real score
+    future = np.triu(np.ones((queries, keys), bool), k=1 + keys - queries)  # where the key is of a later token
+    att = np.where(future, -np.inf, att)  # 3. no looking ahead; not -1e9, say, as a real score could be lower still
     probs = softmax_forward(att)  # 4. scores become shares: each query's sum to 1, and the future gets exactly 0
     weights, scale = dropout_forward(probs, dropout, rngs)  # 5.
     out = weights @ v  # 6. the average of the values, with these weights
@@ -371,7 +371,7 @@ def attention_forward(
     params: c_attn.weight (3C, C) and .bias (3C,), c_proj.weight (C, C) and .bias (C,), or no biases
     dropout, rngs: as dropout_forward's p and rngs
     kv_cache, start: for generation only. Two arrays (B, nh, block_size, hs) that hold the keys and the values of the
-        first `start` tokens. The T tokens of x come after those, and their own keys and values are written behind.
+        first `start` tokens. The T tokens of x come after those; their own keys and values are added to the arrays.
     """
     B, T, C = x.shape
     qkv, qkv_saved = linear_forward(x, params["c_attn.weight"], params.get("c_attn.bias"))  # (B, T, 3C)
@@ -532,8 +532,8 @@ def gpt_forward(
 
     rngs: dropout is on if they are given
     kv_cache, start: for generation only. For each layer what attention_forward takes; the T tokens of idx come after
-        `start` others. Only the last token's logits are computed then, (B, 1, V): it is all that generation needs
-    for_backward: False frees each block's activations at once, and gpt_backward cannot follow
+        `start` others. Generation needs only the last token's logits, so the result is (B, 1, V)
+    for_backward: False keeps nothing of the blocks: less memory, but gpt_backward cannot follow
     """
     x, embedding_saved = embedding_forward(idx, params["wte.weight"], params["wpe.weight"][start:])
     x, embedding_scale = dropout_forward(x, config.dropout, rngs)
@@ -677,10 +677,10 @@ class GPT:
         A token's keys and values depend on nothing after it. So they are computed once and kept in kv_cache, which
         holds those of the window's first `start` tokens.
 
-        Once the window is full, the cache saves nothing any more. Each step drops the oldest token then, and all that
-        is in the cache becomes wrong: every token moves to another position, and from the second layer on, keys and
-        values come from vectors into which attention has already mixed the token that left. So start = 0 from then on,
-        and every step computes the whole window.
+        Once the window is full, the cache is of no more use. Each step then drops the oldest token, and everything in
+        the cache becomes wrong: every token moves to another position, and from the second layer on, keys and values
+        come from vectors into which attention has already mixed the token that left. So start = 0 from then on, and
+        every step computes the whole window.
         """
         config, dtype = self.config, self.params["wte.weight"].dtype
         shape = (len(idx), config.n_head, config.block_size, config.n_embd // config.n_head)
@@ -811,7 +811,7 @@ class AdamW:
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # a, b, c of the polynomial in orthogonalize
 
 
-def orthogonalize(g: np.ndarray, steps: int = 5) -> np.ndarray:
+def orthogonalize(g: Array, steps: int = 5) -> Array:
     """Bring all singular values of a matrix near 1 and keep its singular vectors: g (..., m, n) -> (..., m, n).
 
     With g = U diag(s) V.T, that is about U V.T: the matrix that g's entries agree with most, among those that stretch
@@ -887,7 +887,7 @@ class Muon:
         params; then nothing has changed.
         """
         check_update(self.params, grads, lr)
-        by_shape: dict[tuple[int, ...], list[tuple[np.ndarray, np.ndarray]]] = {}
+        by_shape: dict[tuple[int, ...], list[tuple[Array, Array]]] = {}
         for name, param in self.params.items():
             grad = grads[name]
             m = self.momentum * self.m[name] + (1 - self.momentum) * grad

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from common.startup import prepare_imports
 
@@ -34,6 +34,9 @@ from numpygpt import GPT, GPTConfig, Params, check_sampling
 from training.batches import step_rng
 from training.parallel import tune_process
 from training.run import load_run, read_config
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Engine = Literal["numpy", "torch"]
 
@@ -62,21 +65,21 @@ def token_stream(
     """Token ids after prompt (T,), without end, from either engine. Raises ValueError on impossible settings."""
     large = sum(weight.size for weight in weights.values()) >= LARGE
     dtype = weights["wte.weight"].dtype if large else np.dtype(np.float64)
+    stream: Iterator[np.ndarray] | Iterator[Tensor]
     if engine == "numpy":
         tune_process(threads=1)
         gpt = GPT(config, weights, dtype=dtype.type)
-        for tokens in gpt.stream(prompt[None], temperature=temperature, top_k=top_k, rng=rng):
-            yield int(tokens[0])
+        stream = gpt.stream(prompt[None], temperature=temperature, top_k=top_k, rng=rng)
     else:
         import torch  # here: the NumPy engine must run without it
 
         import torchgpt
 
-        model = torchgpt.GPT(config, dtype=getattr(torch, dtype.name))
-        model.load_state_dict({name: torch.tensor(weight) for name, weight in weights.items()})
+        twin = torchgpt.GPT(config, dtype=getattr(torch, dtype.name))
+        twin.load_state_dict({name: torch.tensor(weight) for name, weight in weights.items()})
         idx = torch.from_numpy(prompt[None].astype(np.int64))
-        for token in model.stream(idx, temperature=temperature, top_k=top_k, rng=rng):
-            yield int(token[0])
+        stream = twin.stream(idx, temperature=temperature, top_k=top_k, rng=rng)
+    return (int(tokens[0]) for tokens in stream)
 
 
 def write_samples(
@@ -137,14 +140,7 @@ def show_sample(folder: Path, engine: Engine) -> None:
     """What a trainer ends with: a short text from what it has just saved, and how to get more."""
     print("\na sample of the best checkpoint:\n")
     write_samples(
-        folder,
-        prompt=None,
-        max_new_tokens=300,
-        temperature=0.8,
-        top_k=None,
-        seed=1337,
-        num_samples=1,
-        engine=engine,
+        folder, prompt=None, max_new_tokens=300, temperature=0.8, top_k=None, seed=1337, num_samples=1, engine=engine
     )
     print(f"\nmore of it:\n    python sample.py {shlex.quote(str(folder))} --engine {engine} --max-new-tokens 1000")
 
@@ -176,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             run: the folder that a trainer kept its run in, or one of the .safetensors files there.
             prompt: the text to continue; - reads all of standard input, which nothing else does.
             max_new_tokens: how many tokens to add.
-            temperature: divides the logits; below 1 is bolder, 0 always takes the likeliest token.
+            temperature: divides the logits; below 1 is more cautious, 0 always takes the likeliest token.
             top_k: draw from the k likeliest tokens only.
             seed: of the draws; one seed, one text, whichever engine.
             num_samples: how many texts to write, each with draws of its own.

@@ -3,10 +3,11 @@
     python -m learn.pictures runs/numpy-small
     python -m learn.pictures runs/numpy-small --out docs/pictures --prompt "ROMEO: O, speak again, bright angel!"
 
-    attention.png         the attention weights of every head on the prompt
+    attention.png         the attention weights of every head on the prompt, and three heads enlarged
     mask.png              what the causal mask does to the scores of one head, and what is never computed
-    gradients.png         the gradient's norm in every tensor, for one batch, before training and after
-    first_steps.png       the gradient's norm in every tensor over the first updates of training, which are made again
+    gelu.png              GELU, its derivative, and which values reach it in the model
+    gradients.png         the size of the gradient in every tensor, for one batch, before training and after
+    first_steps.png       the size of the gradient in every tensor over the first updates of training, made once more
     grad_norm.png         the norm of the whole gradient over the steps of training
     newton_schulz.png     what each of Muon's five steps makes of the singular values of one gradient
     probabilities.png     what the model expects next, along the prompt, and how surprised it is
@@ -14,12 +15,14 @@
     embedding.png         the rows of wte.weight, projected to two dimensions
 
 docs/pictures.md says what to see in each. Nothing is computed a second way: the weights of attention are what
-numpygpt.softmax_forward returned while the model ran, and the frequencies of sampling are counts of numpygpt.sample.
+numpygpt.softmax_forward returned while the model ran, GELU's derivative is numpygpt.gelu_backward, and the frequencies
+of sampling are counts of numpygpt.sample.
 """
 
 import io
+import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -51,6 +54,7 @@ from training.run import METRICS, NO_CORPUS, RunConfig, read_config
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
 
 MAX_LABELLED = 600  # tokens that embedding.png writes out; of a larger vocabulary these are the first
 MAX_PROMPT = 40  # tokens that probabilities.png has room for
@@ -162,26 +166,68 @@ def png(figure: "Figure") -> bytes:
 
 
 def draw_attention(subject: Subject) -> "Figure":
-    """A map for every head: row t shows how token t divides its attention among the tokens up to itself."""
+    """A map for every head: row t shows how token t divides its attention among the tokens up to itself. Above, the
+    heads of `remarkable_heads`, enlarged."""
     L, nh = subject.config.n_layer, subject.config.n_head
     labels = subject.labels(subject.ids[:-1][:MAX_MAP])
-    figure = new_figure(10, 0.8 + 10 * L / nh)
-    grid = figure.subplots(L, nh, squeeze=False)
-    for i in range(L):
-        probs = subject.trace.forward[f"h.{i}.attn.probs"][0, :, :MAX_MAP, :MAX_MAP]  # (nh, T, T)
-        for head, axes in enumerate(grid[i]):
-            draw_map(axes, probs[head], labels, rows=head == 0, columns=i == L - 1)
-            axes.set_title(f"layer {i}, head {head}", fontsize=10, pad=3)
-    figure.supylabel("the token that looks")
-    figure.supxlabel("the token it looks at")
+    maps = {  # (layer, head): (T, T)
+        (i, head): probs[:MAX_MAP, :MAX_MAP]
+        for i in range(L)
+        for head, probs in enumerate(subject.trace.forward[f"h.{i}.attn.probs"][0])
+    }
+    figure = new_figure(11, 4.6 + 6 * L / nh)
+    above, below = figure.subfigures(2, 1, height_ratios=[4.6, 6 * L / nh])
+    chosen = remarkable_heads(maps, labels)
+    for axes, ((i, head), remark) in zip(above.subplots(1, len(chosen), squeeze=False)[0], chosen.items(), strict=True):
+        image = draw_map(axes, maps[i, head], labels, rows=True, columns=True)
+        axes.set_title(f"layer {i}, head {head}:\n{remark}", fontsize=11)
+        axes.set_xlabel("the token it looks at (key)")
+        axes.set_ylabel("the token that looks (query)")
+    above.colorbar(image, ax=above.axes, label="weight", pad=0.01)
+    for axes, ((i, head), probs) in zip(below.subplots(L, nh, squeeze=False).flat, maps.items(), strict=True):
+        draw_map(axes, probs, labels, rows=False, columns=False)
+        axes.set_title(f"layer {i}, head {head}", fontsize=9, pad=3)
+    below.suptitle(f"all {L * nh} heads", fontsize=11)
     return figure
 
 
-def draw_map(axes: "Axes", values: np.ndarray, labels: list[str], *, rows: bool, columns: bool) -> object:
-    """One (T, T) map of weights in [0, 1], the future in grey, with the tokens at the sides that are asked for."""
+def remarkable_heads(maps: dict[tuple[int, int], np.ndarray], labels: list[str]) -> dict[tuple[int, int], str]:
+    """Up to three heads of the maps {(layer, head): (T, T)}, each with what makes it remarkable."""
+    T = len(labels)
+    before = {key: np.diagonal(probs, -1).mean() for key, probs in maps.items()}
+    # Of each key, its mean weight for all queries two or more tokens later; keys with fewer than three of these are out
+    looked_at = {
+        key: np.array([probs[s + 2 :, s].mean() if T - s - 2 >= 3 else 0 for s in range(T)])
+        for key, probs in maps.items()
+    }
+    entropy = {key: -(probs * np.log(np.maximum(probs, 1e-300))).sum(axis=-1).mean() for key, probs in maps.items()}
+    chosen: dict[tuple[int, int], str] = {}
+    for score in (before, {key: keys.max() for key, keys in looked_at.items()}, entropy):
+        rest = {key: value for key, value in score.items() if key not in chosen}
+        if not rest:
+            break
+        best = max(rest, key=rest.__getitem__)
+        if score is before:
+            chosen[best] = f"{before[best]:.0%} of its attention goes\nto the character before"
+        elif score is entropy:
+            chosen[best] = "it looks at many at once:\nnearly an average of the past"
+        else:
+            s = int(looked_at[best].argmax())
+            chosen[best] = f"{looked_at[best][s]:.0%} of its attention, later on,\ngoes back to “{labels[s]}”"
+    return chosen
+
+
+def draw_map(axes: "Axes", values: np.ndarray, labels: list[str], *, rows: bool, columns: bool) -> "AxesImage":
+    """One (T, T) map of weights in [0, 1], the future in grey, with the tokens at the sides that are asked for.
+
+    Colours follow the square root of the weight, or small weights could not be told from 0.
+    """
+    from matplotlib.colors import PowerNorm
+
     T = len(labels)
     axes.set_facecolor("0.92")
-    image = axes.imshow(np.ma.masked_where(~np.tri(T, dtype=bool), values), cmap="Blues", vmin=0, vmax=1)
+    seen = np.ma.masked_where(~np.tri(T, dtype=bool), values)
+    image = axes.imshow(seen, cmap="Blues", norm=PowerNorm(0.5, vmin=0, vmax=1))
     size = min(9.0, 150 / T)
     axes.set_xticks(range(T), labels if columns else [], fontsize=size, family="monospace")
     axes.set_yticks(range(T), labels if rows else [], fontsize=size, family="monospace")
@@ -200,11 +246,13 @@ def draw_mask(subject: Subject) -> "Figure":
     seen = np.ma.masked_invalid(att)
     left.set_facecolor("0.92")
     largest = abs(seen).max()
-    left.imshow(seen, cmap="RdBu_r", vmin=-largest, vmax=largest)
+    left.imshow(seen, cmap="PuOr", vmin=-largest, vmax=largest)  # orange is negative, purple positive
     left.set_title("att: scores of layer 0, head 0, masked")
     draw_map(middle, probs, labels, rows=True, columns=True)
-    middle.set_title("probs = softmax(att): each row adds up to 1")
+    middle.set_title("probs = softmax(att): each row sums to 1")
     for axes, values in ((left, att), (middle, probs)):
+        axes.set_xlabel("key")
+        axes.set_ylabel("query")
         axes.set_xticks(range(n), labels, fontsize=10, family="monospace")
         axes.set_yticks(range(n), labels, fontsize=10, family="monospace")
         axes.tick_params(length=0)
@@ -212,7 +260,7 @@ def draw_mask(subject: Subject) -> "Figure":
             value = values[t, s]
             seen_text = f"{value:.2f}" if axes is middle else f"{round(value, 1) + 0.0:.1f}"  # 0.0, not -0.0
             text = seen_text if s <= t else "0" if axes is middle else "-∞"
-            dark = s <= t and abs(value) > (0.6 if axes is middle else 0.6 * largest)
+            dark = s <= t and abs(value) > (0.35 if axes is middle else 0.6 * largest)
             axes.text(s, t, text, ha="center", va="center", fontsize=8, color="white" if dark else "black")
 
     T = 4 * numpygpt.ATTENTION_TILE
@@ -234,37 +282,84 @@ def draw_mask(subject: Subject) -> "Figure":
     return figure
 
 
+def draw_gelu(subject: Subject) -> "Figure":
+    """GELU and its derivative, and a histogram of what c_fc gives it in all layers, for the prompt."""
+    x = np.linspace(-4, 4, 801)
+    out, saved = numpygpt.gelu_forward(x)
+    slope = numpygpt.gelu_backward(np.ones_like(x), saved)
+    hidden = np.stack([subject.trace.forward[f"h.{i}.mlp.hidden (c_fc)"] for i in range(subject.config.n_layer)])
+    figure = new_figure(8, 4.2)
+    axes = figure.subplots()
+    counts = axes.twinx()
+    shown = hidden[np.abs(hidden) <= 4]
+    counts.hist(shown, bins=80, range=(-4, 4), color="0.88")
+    counts.set_ylim(0, 2.5 * np.histogram(shown, 80, (-4, 4))[0].max())
+    counts.set_yticks([])
+    axes.set_zorder(1)
+    axes.patch.set_visible(False)
+    axes.plot(x, out, color="tab:blue", linewidth=2, label="GELU")
+    axes.plot(x, slope, color="tab:red", linewidth=2, label="its derivative")
+    axes.fill_between(
+        [], [], color="0.88", label=f"what reaches it in this model: {np.mean(hidden < 0):.0%} is negative"
+    )
+    lowest = out.argmin()
+    axes.annotate(
+        f"minimum {out[lowest]:.2f}", (x[lowest], out[lowest]), (-3.2, -0.75), arrowprops={"arrowstyle": "->"}
+    )
+    axes.set_title("GELU dips below 0 before it rises, so its derivative is negative there")
+    axes.set_xlabel("x")
+    axes.set_ylim(-1, 3)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="upper left")
+    return figure
+
+
 def draw_gradients(subject: Subject) -> "Figure":
-    """The gradient's norm in every tensor for the first training batch: fresh weights left, trained ones right."""
+    """The gradient's typical entry in every tensor for the first training batch: fresh weights left, trained right.
+
+    The root of the mean square, and not the norm: a norm grows with the number of entries, and the tensors have from
+    128 to 65,536 of them in the small preset.
+    """
+    from matplotlib import colormaps
+
     config, training = subject.config, subject.training
     batch_size = min(training.batch_size, MAX_BATCH)
     batch = Batches(subject.train_tokens, config.block_size, batch_size, training.seed).at(0)
     fresh = numpygpt.init_params(config, training.seed, np.float64)
-    from matplotlib import colormaps
 
-    kinds = list(dict.fromkeys(name.split(".", 2)[-1] if name[:2] == "h." else name for name in fresh))
-    figure = new_figure(10, 0.6 + 0.5 * len(kinds))
+    kinds = list(by_kind(fresh))
+    figure = new_figure(10, 1 + 0.5 * len(kinds))
     columns = figure.subplots(1, 2, sharex=True, sharey=True)
     for axes, weights, title in zip(
         columns, (fresh, subject.weights), ("before training", "after training"), strict=True
     ):
         loss, grads = GPT(config, weights).loss_and_grads(*batch)
-        for place, kind in enumerate(kinds):
-            of_layers = (kind, *(f"h.{i}.{kind}" for i in range(config.n_layer)))
-            norms = [np.linalg.norm(grads[name]) for name in of_layers if name in grads]
-            height = 0.8 / len(norms)
-            for i, norm in enumerate(norms):
-                shade = (0.35 + 0.6 * i / (config.n_layer - 1)) if len(norms) > 1 else 0.95
-                axes.barh(place - 0.4 + height * (i + 0.5), norm, height, color=colormaps["Blues"](shade))
+        for place, names in enumerate(by_kind(grads).values()):
+            height = 0.8 / len(names)
+            for i, name in enumerate(names):
+                shade = 0.95 if len(names) == 1 else 0.35 + 0.6 * i / (len(names) - 1)
+                color = colormaps["Blues"](shade) if name.startswith("h.") else "0.6"
+                size = np.linalg.norm(grads[name]) / math.sqrt(grads[name].size)
+                axes.barh(place - 0.4 + height * (i + 0.5), size, height, color=color)
         axes.set_title(f"{title}: loss {loss:.3f}")
         axes.set_xscale("log")
-        axes.set_xlabel("norm of the gradient")
+        axes.set_xlabel("typical entry of the gradient (root mean square)")
         axes.grid(axis="x", alpha=0.3)
     columns[0].set_yticks(range(len(kinds)), kinds, family="monospace", fontsize=9)
     columns[0].set_ylim(len(kinds) - 0.4, -0.6)
-    if config.n_layer > 1:
-        figure.suptitle(f"a bar for every layer, from 0 (light) to {config.n_layer - 1} (dark)", fontsize=11)
+    layers = (
+        f"; blue: a bar for each layer, from 0 (light) to {config.n_layer - 1} (dark)" if config.n_layer > 1 else ""
+    )
+    figure.suptitle(f"How large is the gradient in each tensor?\ngrey: outside the blocks{layers}", fontsize=11)
     return figure
+
+
+def by_kind(names: Iterable[str]) -> dict[str, list[str]]:
+    """{"mlp.c_fc.weight": its names in all layers}; a parameter outside the blocks is a kind of its own."""
+    kinds: dict[str, list[str]] = {}
+    for name in names:
+        kinds.setdefault(name.split(".", 2)[-1] if name.startswith("h.") else name, []).append(name)
+    return kinds
 
 
 def first_norms(subject: Subject) -> dict[str, list[float]]:
@@ -288,30 +383,28 @@ def first_norms(subject: Subject) -> dict[str, list[float]]:
 
 
 def draw_first_steps(subject: Subject) -> "Figure":
-    """A map of the gradient's norm: a row for every tensor, layers side by side, and a column for every update."""
+    """A map of the gradient's typical entry: a row for every tensor, layers side by side, a column for every update."""
     from matplotlib.colors import LogNorm
 
-    norms = first_norms(subject)
-    by_kind: dict[str, list[str]] = {}  # wte.weight -> itself; mlp.c_fc.weight -> that of every layer
-    for name in norms:
-        by_kind.setdefault(name.split(".", 2)[-1] if name[:2] == "h." else name, []).append(name)
-    rows = [name for names in by_kind.values() for name in names]
-    values = np.array([norms[name] for name in rows])
-    figure = new_figure(10, 1.2 + 0.11 * len(rows) + 0.1 * len(by_kind))
+    norms, kinds = first_norms(subject), by_kind(subject.weights)
+    rows = [name for names in kinds.values() for name in names]
+    values = np.array([np.array(norms[name]) / math.sqrt(subject.weights[name].size) for name in rows])
+    figure = new_figure(10, 1.6 + 0.11 * len(rows) + 0.1 * len(kinds))
     axes = figure.subplots()
     low, high = np.percentile(values[values > 0], [1, 99.9])
     image = axes.imshow(
         np.maximum(values, 1e-30), cmap="viridis", norm=LogNorm(low, high), aspect="auto", interpolation="nearest"
     )
-    edges = np.cumsum([0, *map(len, by_kind.values())]) - 0.5
-    axes.set_yticks((edges[:-1] + edges[1:]) / 2, list(by_kind), family="monospace", fontsize=9)
+    edges = np.cumsum([0, *map(len, kinds.values())]) - 0.5
+    axes.set_yticks((edges[:-1] + edges[1:]) / 2, list(kinds), family="monospace", fontsize=9)
     axes.tick_params(axis="y", length=0)
     for edge in edges[1:-1]:
         axes.axhline(edge, color="white", linewidth=1.5)
-    figure.colorbar(image, ax=axes, label="norm of the gradient", pad=0.01)
+    figure.colorbar(image, ax=axes, label="typical entry of the gradient", pad=0.01)
     axes.set_xlabel("update")
-    if subject.config.n_layer > 1:
-        axes.set_title(f"in each band a row for every layer, from 0 (top) to {subject.config.n_layer - 1}", fontsize=11)
+    layers = f"in each band a row for every layer, from 0 (top) to {subject.config.n_layer - 1}"
+    title = f"How the gradients change over the first {values.shape[1]} updates"
+    axes.set_title(f"{title}\n{layers}" if subject.config.n_layer > 1 else title, fontsize=11)
     return figure
 
 
@@ -380,12 +473,16 @@ def draw_probabilities(subject: Subject) -> "Figure":
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[2, 3])
 
     surprise = -np.log(probs[np.arange(T), targets])
-    above.bar(range(T), surprise, color="tab:red", alpha=0.7)
+    bars = above.bar(range(T), surprise, color="tab:red", alpha=0.7)
+    above.bar_label(bars, subject.labels(targets), padding=2, family="monospace", fontsize=10)
     guessing = np.log(probs.shape[1])
     above.axhline(guessing, color="0.5", linestyle="--", linewidth=1)
+    above.set_ylim(0, 1.15 * max(guessing, surprise.max()))
     above.set_ylabel("surprise (nats)")
     above.set_title(
-        f"surprise, on average {surprise.mean():.2f} nats; guessing (dashed) log {probs.shape[1]} = {guessing:.2f}"
+        f"How surprised is the model by what comes next (written on each bar)? On average {surprise.mean():.2f} nats; "
+        f"guessing (dashed) is log {probs.shape[1]} = {guessing:.2f}",
+        fontsize=11,
     )
 
     image = below.imshow(np.take_along_axis(probs, best, -1).T, cmap="Blues", vmin=0, vmax=1, aspect="auto")
@@ -400,13 +497,15 @@ def draw_probabilities(subject: Subject) -> "Figure":
     below.set_yticks(range(ranks), [f"{rank + 1}." for rank in range(ranks)])
     below.set_ylabel("expected next")
     below.set_xticks(range(T), subject.labels(subject.ids[:-1]), family="monospace", fontsize=11)
-    below.set_xlabel("the text; above each token, what is expected after it; framed in red, what came")
+    below.set_xlabel("the text so far, up to this token; above it, what is expected next; framed in red, what came")
     figure.colorbar(image, ax=below, label="probability", pad=0.01)
     return figure
 
 
 def draw_sampling(subject: Subject) -> "Figure":
     """Frequencies of the next token in many draws of numpygpt.sample, with four settings, where it is least certain."""
+    from matplotlib.ticker import PercentFormatter
+
     logits = subject.trace.forward["logits"][0]
     probs = numpygpt.softmax_forward(logits)
     entropy = -(probs * np.log(np.maximum(probs, 1e-300))).sum(axis=-1)
@@ -414,8 +513,8 @@ def draw_sampling(subject: Subject) -> "Figure":
     shown = np.argsort(-probs[t], kind="stable")[:16]
     settings: dict[str, tuple[float, int | None]] = {
         "temperature 1: as learned": (1.0, None),
-        "temperature 0.5: bolder": (0.5, None),
-        "temperature 2: wilder": (2.0, None),
+        "temperature 0.5: more cautious": (0.5, None),
+        "temperature 2: more daring": (2.0, None),
         "temperature 1, top-k 5": (1.0, 5),
     }
     figure = new_figure(10, 5.5)
@@ -430,9 +529,12 @@ def draw_sampling(subject: Subject) -> "Figure":
         axes.bar(len(shown) + 0.5, others, color="0.6")
         axes.set_title(title, fontsize=11)
         axes.grid(axis="y", alpha=0.3)
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axes.set_xticks([*range(len(shown)), len(shown) + 0.5], [*subject.labels(shown), "rest"], family="monospace")
     context = "".join(subject.labels(subject.ids[: t + 1]))
-    figure.suptitle(f"what comes after “{context}”: shares of {DRAWS:,} draws", family="monospace", fontsize=11)
+    figure.suptitle(f"What comes after “{context}”?", family="monospace", fontsize=11)
+    figure.supylabel(f"share of {DRAWS:,} draws", fontsize=11)
+    figure.supxlabel("next token, the likeliest first", fontsize=11)
     return figure
 
 
@@ -441,24 +543,39 @@ def draw_embedding(subject: Subject) -> "Figure":
     wte = subject.weights["wte.weight"]
     centred = wte - wte.mean(axis=0)
     _, sizes, axes_of_spread = np.linalg.svd(centred, full_matrices=False)
-    x, y = (centred @ axes_of_spread[:2].T).T
+    points = (centred @ axes_of_spread[:2].T)[:MAX_LABELLED]
     share = sizes**2 / (sizes**2).sum()
-    figure = new_figure(8, 6.5)
+    width, height = 8, 6.5
+    spread = np.ptp(points, axis=0) + 1e-12
+    places = spread_labels(points / spread * (width, height), distance=0.19) / (width, height) * spread
+    figure = new_figure(width, height)
     axes = figure.subplots()
-    axes.scatter(x, y, s=0)
-    for token in range(min(len(wte), MAX_LABELLED)):
-        kind = kind_of(subject.tokenizer.decode([token]))
-        axes.text(
-            *(x[token], y[token], *subject.labels([token])),
-            **{"color": KINDS[kind], "ha": "center", "va": "center", "fontsize": 12, "family": "monospace"},
-        )
+    axes.plot(*np.stack([points, places], axis=1).transpose(2, 1, 0), color="0.75", linewidth=0.7)
+    for token, place in enumerate(places):
+        color = KINDS[kind_of(subject.tokenizer.decode([token]))]
+        axes.text(*place, *subject.labels([token]), color=color, ha="center", va="center", size=12, family="monospace")
     for kind, shade in KINDS.items():
         axes.plot([], [], "o", color=shade, label=kind)
     axes.legend(fontsize=9)
+    axes.set_title("Token embeddings: what stands near what?", fontsize=11)
     axes.set_xlabel(f"first direction: {share[0]:.0%} of the spread")
     axes.set_ylabel(f"second direction: {share[1]:.0%}")
+    axes.margins(0.06)
     axes.grid(alpha=0.2)
     return figure
+
+
+def spread_labels(points: np.ndarray, distance: float, rounds: int = 200) -> np.ndarray:
+    """Places (n, 2) for labels near their points (n, 2), no two closer than distance if there is room."""
+    places = points + 1e-6 * np.random.default_rng(0).standard_normal(points.shape)  # equal points part too
+    for _ in range(rounds):
+        apart = places[:, None] - places[None]  # (n, n, 2)
+        length = np.linalg.norm(apart, axis=-1) + np.where(np.eye(len(places)), np.inf, 0)
+        push = np.maximum(distance - length, 0)
+        if not push.any():
+            break
+        places = places + 0.5 * ((push / length)[..., None] * apart).sum(axis=1)
+    return places
 
 
 KINDS = {
@@ -486,6 +603,7 @@ def kind_of(text: str) -> str:
 PICTURES: dict[str, Callable[[Subject], "Figure"]] = {
     "attention": draw_attention,
     "mask": draw_mask,
+    "gelu": draw_gelu,
     "gradients": draw_gradients,
     "first_steps": draw_first_steps,
     "grad_norm": draw_grad_norm,

@@ -4,15 +4,19 @@
     python -m learn.trace "To be, or" | grep -F h.0.attn
     python -m learn.trace "ROMEO: O, she" --run runs/numpy-small
 
-The table that one wishes for when porting a model: each line is one tensor, with its name in numpygpt.py, its shape,
-its first values as either engine computes them, and the largest difference over all of its entries. The first line
-that differs is where to look.
+The table that you want when you port a model: each line is one tensor, with its name in numpygpt.py, its shape, some of
+its numbers, and how far the two engines are apart at the worst of all its entries. The first line that differs is where
+to look.
 
-Without a run the model is a small fresh one (2 layers, 2 heads, 8 channels), whose vocabulary is the characters of
-the text; numpygpt.init_params draws its weights. The text without its last token goes in, and the text without its
-first one is what shall come out. There is no dropout.
+The numbers are those of one token, the fourth, in the first head. The small model has 4 channels, and the fourth token
+sees 4 tokens, so a line shows all of x and all weights of attention: with them LayerNorm, the softmax, GELU and the
+residual stream can be computed by hand. Of a parameter's gradient the first numbers are shown.
 
-Neither model knows that it is watched. In numpygpt the functions are wrapped while the trace is taken; in torchgpt a
+Without a run the model is a small fresh one (2 layers, 2 heads, 4 channels), whose vocabulary is the characters of the
+text; numpygpt.init_params draws its weights. The text without its last token goes in, and the text without its first
+one is the target. There is no dropout.
+
+Neither model is changed for this. In numpygpt the functions are wrapped while the trace is taken; in torchgpt a
 TorchFunctionMode sees every call of PyTorch, and tensor hooks see the gradients. A tensor is recognised by the
 parameter that it meets: what a linear layer does with h.0.attn.c_attn.weight is h.0.attn.qkv.
 """
@@ -44,8 +48,8 @@ from training.run import load_run
 if TYPE_CHECKING:
     from torch import Tensor
 
-SIZES: dict[str, Any] = {"n_layer": 2, "n_head": 2, "n_embd": 8}  # of the model without a run
-FIRST_VALUES = 3
+SIZES: dict[str, Any] = {"n_layer": 2, "n_head": 2, "n_embd": 4}  # of the model without a run
+TOKEN, SHOWN = 3, 5  # which token's numbers are printed, and how many
 
 Arrays = dict[str, np.ndarray]
 
@@ -55,7 +59,7 @@ class Options:
     """Follow one short text through both engines, forward and backward."""
 
     text: tyro.conf.Positional[str] = "To be, or"  # at least two tokens
-    run: Path | None = None  # take the model of this run, in place of a small fresh one
+    run: Path | None = None  # take the model of this run, instead of a small fresh one
     seed: int = 1337  # of the fresh model's weights
     dtype: Literal["float32", "float64"] = "float64"  # that both engines compute in
 
@@ -293,9 +297,12 @@ def difference(a: np.ndarray, b: np.ndarray) -> float:
         return float(np.where(a == b, 0.0, np.abs(a - b)).max())
 
 
-def first_values(array: np.ndarray) -> str:
-    """The first few entries. Adding 0 turns -0 into 0."""
-    return "".join(f"{value + 0.0:11.3e}" for value in array.ravel()[:FIRST_VALUES])
+def values_shown(array: np.ndarray, *, of_token: bool) -> str:
+    """The first few numbers of an array, or of one token (and head) of it. Adding 0 turns -0 into 0."""
+    if of_token and array.ndim >= 3:
+        array = array.reshape(-1, *array.shape[-2:])[0]  # (T, C), or the first head's (T, hs) or (T, T)
+        array = array[min(TOKEN, len(array) - 1)]
+    return "".join(f"{value + 0.0:11.3e}" for value in array.ravel()[:SHOWN])
 
 
 def table(numpy_trace: Trace, torch_trace: Trace, config: GPTConfig) -> Iterator[str]:
@@ -307,14 +314,15 @@ def table(numpy_trace: Trace, torch_trace: Trace, config: GPTConfig) -> Iterator
         "backward": (backward, numpy_trace.backward, torch_trace.backward),
         "gradients of the parameters": (list(numpy_trace.grads), numpy_trace.grads, torch_trace.grads),
     }
-    lines: list[tuple[str, ...]] = [("tensor", "shape", "  NumPy, first values", "  PyTorch, first values", "apart by")]
+    lines: list[tuple[str, ...]] = [("tensor", "shape", "  numbers", "apart by")]
     apart: dict[str, float] = {}
     for part, (part_names, numpy_arrays, torch_arrays) in parts.items():
         lines += [(), (part,)]
         for name in part_names:
             title, a, b = name if part == "forward" else gradient_name(name), numpy_arrays[name], torch_arrays[name]
             apart[title] = difference(a, b)
-            lines.append((title, str(a.shape), first_values(a), first_values(b), f"{apart[title]:8.1e}"))
+            numbers = values_shown(a, of_token=part != "gradients of the parameters")
+            lines.append((title, str(a.shape), numbers, f"{apart[title]:8.1e}"))
     widths = [max(map(len, column)) + 2 for column in zip(*(line for line in lines if len(line) > 1), strict=True)]
     for line in lines:
         yield "".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=False)).rstrip()

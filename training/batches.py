@@ -103,10 +103,9 @@ def encode(
 ) -> np.ndarray:
     """The token ids of a text, (n,) unsigned integers, mapped from a file: a large corpus takes disk and not memory.
 
-    Pages of the file that were read count as memory all the same, so an id has no more bytes than it needs. The file
-    has no name: it is in the folder as long as the array is, and a crash leaves nothing of it.
+    Pages of the file that were read count as memory all the same, so an id has no more bytes than it needs.
 
-    pieces: of the text, see data.text.cut
+    The file has no name: it is in the folder as long as the array is, and a crash leaves nothing of it.
     start: where in its corpus the text begins
     special: the special tokens to read in it
 

@@ -203,7 +203,12 @@ def assemble(
     eval_tokens = val_tokens[: training.eval_tokens]
     whole = len(eval_tokens) == len(val_tokens)
     num_chars = corpus.num_chars - corpus.num_train_chars if whole else len(tokenizer.decode(eval_tokens))
-    eval_chars = max(1, num_chars - len(tokenizer.decode(eval_tokens[:1])))  # half a character counts as one
+    eval_chars = num_chars - len(tokenizer.decode(eval_tokens[:1]))
+    if eval_chars < 1:
+        raise UserError(
+            f"{corpus.name} is too short: its validation split, the last tenth, is a single character, and 2 are "
+            "needed to predict one from the other"
+        )
     baselines = {"bigram": bigram_loss(train_tokens, eval_tokens, tokenizer.vocab_size)}
     if corpus.entropy_per_char is not None:
         baselines["entropy"] = corpus.entropy_per_char * eval_chars / (len(eval_tokens) - 1)
