@@ -25,7 +25,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, SupportsInt, cast
 
 from common.startup import prepare_imports
 
@@ -89,9 +89,9 @@ class Subject:
     trace: Trace  # of the model on ids[:-1], with the targets ids[1:]
     left_out: dict[str, str]  # {picture: why it cannot be drawn}
 
-    def labels(self, ids: Iterable[int]) -> list[str]:
+    def labels(self, ids: Iterable[SupportsInt]) -> list[str]:
         """What the tokens stand for, with white space made visible."""
-        return [visible(self.tokenizer.decode([token])) for token in ids]
+        return [visible(self.tokenizer.decode([int(token)])) for token in ids]
 
 
 def visible(text: str) -> str:
@@ -176,7 +176,7 @@ def draw_attention(subject: Subject) -> "Figure":
         for head, probs in enumerate(subject.trace.forward[f"h.{i}.attn.probs"][0])
     }
     figure = new_figure(11, 4.6 + 6 * L / nh)
-    above, below = np.ravel(figure.subfigures(2, 1, height_ratios=[4.6, 6 * L / nh]))
+    above, below = cast(np.ndarray, figure.subfigures(2, 1, height_ratios=[4.6, 6 * L / nh]))
     chosen = remarkable_heads(maps, labels)
     for axes, ((i, head), remark) in zip(above.subplots(1, len(chosen), squeeze=False)[0], chosen.items(), strict=True):
         image = draw_map(axes, maps[i, head], labels, rows=True, columns=True)
