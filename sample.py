@@ -107,7 +107,8 @@ def write_samples(
     except ValueError as error:
         raise UserError(str(error)) from error
     config, weights, tokenizer = load_for_sampling(folder)
-    special = tokenizer.special_tokens if special_tokens or read_config(folder_of(folder)).training.special_tokens else ()
+    special_tokens = special_tokens or read_config(folder_of(folder)).training.special_tokens
+    special = tokenizer.special_tokens if special_tokens else ()
     ids = tokenizer.encode(prompt, allowed_special=special) if prompt else first_ids(tokenizer)
     for number in range(num_samples):
         if num_samples > 1:
