@@ -5,10 +5,11 @@ each token is a vector of C numbers; together they are the residual stream x (B,
 turn by attention (each token looks at itself and the tokens before it) and by an MLP (each token by itself). Training
 moves softmax(logits[b, t]) towards targets[b, t], the token that followed idx[b, t] in the text.
 
-What is here: the GPT-2 architecture (Radford et al. 2019; pre-LayerNorm, learned positions, tanh GELU, the output head
-tied to the token embedding), every gradient (docs/derivations.md derives them), clipping, AdamW, Muon, and generation
-with a key/value cache. What is not: autograd, data, training loops, files, threads. torchgpt.py beside this file is the
-same model in PyTorch, with the same names in the same order; the tests prove that the two are one function.
+What is here: the GPT-2 architecture (Radford et al. 2019; pre-LayerNorm, learned positions, tanh GELU,
+the output head tied to the token embedding), every gradient (docs/derivations.md derives them), clipping, AdamW, Muon,
+and generation with a key/value cache. What is not: autograd, data, training loops, files, threads. torchgpt.py beside
+this file is the same model in PyTorch, with the same names in the same order; the tests prove that the two are one
+function.
 
 Letters used for shapes, here and everywhere in the project:
 
@@ -155,7 +156,7 @@ def embedding_backward(dx: Array, saved: Saved) -> tuple[Array, Array]:
 
 
 # The next three are sums along an axis. As products with a vector of ones they run in the BLAS, the library behind @,
-# several times faster than NumPy's own sum. (np.dot rather than @, which would block other threads meanwhile.)
+# several times faster than NumPy's own sum. (np.dot, because @ with a vector keeps Python's lock while it computes.)
 
 
 def sum_last_axis(x: Array) -> Array:
@@ -182,7 +183,7 @@ def layernorm_forward(x: Array, weight: Array, bias: Array | None, eps: float = 
     """
     centered = x - mean_last_axis(x)
     variance = mean_last_axis(centered * centered)
-    variance[np.isinf(variance)] = np.nan  # an overflow: 1 / sqrt(inf) = 0 would hide it, and NaN is found at the end
+    variance[np.isinf(variance)] = np.nan  # an overflow: 1 / sqrt(inf) = 0 would hide it; check_finite finds NaN
     rstd = 1 / np.sqrt(variance + eps)
     xhat = centered * rstd
     out = xhat * weight
@@ -195,8 +196,9 @@ def layernorm_backward(dout: Array, saved: Saved) -> tuple[Array, Array, Array |
     """dout (..., C) -> dx (..., C), dweight (C,), dbias (C,) or None.
 
     x acts on xhat in three ways: directly, through the mean and through the variance. Each gives dx one term. To see
-    why two of them subtract: adding a constant to x, or stretching it about its mean, does not change xhat (apart from
-    eps). So dx must be orthogonal to these two directions, and the two means remove what is not.
+    why two of them subtract: adding a constant to x, or stretching it about its mean, changes neither xhat (apart from
+    eps) nor the loss. So dx has no component along these two directions, (1, ..., 1) and xhat. As xhat has mean 0 and
+    mean square 1, subtracting mean(dxhat) removes the first, and subtracting xhat mean(dxhat xhat) the second.
     """
     xhat, rstd, weight, has_bias = saved
     dweight = sum_tokens(dout * xhat)
@@ -301,13 +303,13 @@ def scaled_dot_product_attention_forward(
     Every token asks with a query, and every token offers a key and a value. The query is compared with the keys of its
     own token and of those before it. The better a key fits, the more of its value the query gets.
 
-    q (B, nh, queries, hs), k and v (B, nh, keys, hs) -> (B, nh, queries, hs). The queries are those of the last tokens
-        that have keys, so the last query belongs to the same token as the last key.
+    q (B, nh, queries, hs), k and v (B, nh, keys, hs) -> (B, nh, queries, hs). There may be fewer queries than keys (in
+        a tile, or with a cache): they are the last tokens', so query i may see the keys up to keys - queries + i.
     dropout, rngs: as dropout_forward's p and rngs
     """
     hs, queries, keys = q.shape[-1], q.shape[-2], k.shape[-2]
     scores = q @ k.swapaxes(-1, -2)  # 1. how well each key fits each query: (B, nh, queries, keys)
-    att = scores / math.sqrt(hs)  # 2. a sum of hs products grows like sqrt(hs): keep its size, or softmax saturates
+    att = scores / math.sqrt(hs)  # 2. hs products of either sign add up to about sqrt(hs): too large for softmax
     future = np.triu(np.ones((queries, keys), bool), k=1 + keys - queries)  # where the key is of a later token
     att = np.where(future, -np.inf, att)  # 3. no looking ahead; not -1e9, say, as a real score could be lower still
     probs = softmax_forward(att)  # 4. scores become shares: each query's sum to 1, and the future gets exactly 0
@@ -553,7 +555,8 @@ def gpt_forward(
 def gpt_backward(dlogits: Array, saved: Saved) -> Params:
     """dlogits (B, T, V) -> {name: gradient}, in the order of param_shapes. The forward's lines in reverse.
 
-    Takes each block's activations off their list, so that their memory is free as soon as they have been used.
+    Takes each block's activations off their list, so that their memory is free once they have been used; so it can be
+    called only once for each forward.
     """
     config, embedding_saved, embedding_scale, blocks_saved, ln_f_saved, head_saved = saved
     grads: Grads = {}
@@ -677,10 +680,10 @@ class GPT:
         A token's keys and values depend on nothing after it. So they are computed once and kept in kv_cache, which
         holds those of the window's first `start` tokens.
 
-        Once the window is full, the cache is of no more use. Each step then drops the oldest token, and everything in
-        the cache becomes wrong: every token moves to another position, and from the second layer on, keys and values
-        come from vectors into which attention has already mixed the token that left. So start = 0 from then on, and
-        every step computes the whole window.
+        Once the text is longer than the window, the cache is of no more use. Each step then drops the oldest token, and
+        everything in the cache becomes wrong: every token moves to another position, and from the second layer on, keys
+        and values come from vectors into which attention has already mixed the token that left. So start = 0 from then
+        on, and every step computes the whole window.
         """
         config, dtype = self.config, self.params["wte.weight"].dtype
         shape = (len(idx), config.n_head, config.block_size, config.n_embd // config.n_head)
@@ -694,7 +697,7 @@ class GPT:
             yield tokens
             start = window.shape[1]
             window = np.concatenate([window, tokens[:, None]], axis=1)
-            if window.shape[1] > config.block_size:  # the window is full
+            if window.shape[1] > config.block_size:  # one token too many: drop the oldest
                 window, start = window[:, 1:], 0
 
 
@@ -760,7 +763,8 @@ class AdamW:
 
     m and v are running means of the gradient and of its square, t counts the steps. A weight moves by about lr at each
     step, however large its gradients are. As in PyTorch, lr scales the decay too. Only matrices decay; biases and
-    LayerNorm gains, which have one dimension, do not.
+    LayerNorm gains, which have one dimension, do not. The decay is decoupled: it shrinks the weight directly, and does
+    not pass through m and v.
 
     params: the arrays to learn, which must be writable
     betas: how much of the running means of the gradient and of its square stays at each step, two numbers in [0, 1)
@@ -814,11 +818,12 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # a, b, c of the polynomial in orthog
 def orthogonalize(g: Array, steps: int = 5) -> Array:
     """Bring all singular values of a matrix near 1 and keep its singular vectors: g (..., m, n) -> (..., m, n).
 
-    With g = U diag(s) V.T, that is about U V.T: the matrix that g's entries agree with most, among those that stretch
-    no vector. Newton-Schulz finds it with products alone. One step, x <- (a I + b x x.T + c (x x.T)^2) x, maps each
-    singular value s to a s + b s^3 + c s^5. Dividing g by its norm puts s into [0, 1]; five steps then take whatever
-    is above 0.0016 to between 0.68 and 1.21, and multiply smaller ones by up to a^5 = 485 (Jordan et al. 2024, "Muon:
-    an optimizer for hidden layers in neural networks", which chose a, b and c for that factor).
+    With g = U diag(s) V.T, that is about U V.T: of all matrices that make no vector longer, the one along which the
+    loss falls fastest. A step along g itself would be spent on its few largest singular values. Newton-Schulz finds U
+    V.T with products alone. One step, x <- (a I + b x x.T + c (x x.T)^2) x, maps each singular value s to a s + b s^3 +
+    c s^5. Dividing g by its norm puts s into [0, 1]; five steps then take whatever is above 0.0016 to between 0.68 and
+    1.21, and multiply smaller ones by up to a^5 = 485 (Jordan et al. 2024, "Muon: an optimizer for hidden layers in
+    neural networks", which chose a, b and c for that factor).
 
     g: one matrix or a stack of them, float32 or float64; the result has its dtype. The scale of g does not matter, as
         long as it is finite. A matrix of zeros stays one.
@@ -839,9 +844,10 @@ def orthogonalize(g: Array, steps: int = 5) -> Array:
 def is_for_muon(name: str, ndim: int) -> bool:
     """Whether Muon trains the parameter of this name and number of dimensions; all others stay with AdamW.
 
-    Muon's are the matrices inside blocks. They map vectors to vectors, and orthogonalize bounds how far an update moves
-    any of these. The rows of wte and wpe are looked up one at a time, and the tied head is wte again: a token that was
-    not in the batch has a gradient only from the head, and a rare one ought not to move as far as a frequent one.
+    Muon's are the matrices inside blocks: they map vectors to vectors, and an orthogonalised update moves no vector too
+    far. wte and wpe are different. Each row belongs to one token or position and is looked up alone, and
+    orthogonalising would move the row of a rare token as far as that of a frequent one. The tied head is wte again, so
+    it stays, too.
     """
     return name.startswith("h.") and ndim == 2
 
@@ -855,11 +861,13 @@ def split_params(params: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]
 class Muon:
     """Momentum, orthogonalised, for the matrices inside blocks (Jordan et al. 2024). Updates params in place.
 
-    m is a running mean of the gradient. With Nesterov's look-ahead, u = momentum m + (1 - momentum) grad, and
-    param -= lr (sqrt(max(1, rows / columns)) orthogonalize(u) + weight_decay param): an update stretches no vector by
-    much more than lr, whichever directions the gradients prefer. For a tall matrix the root keeps the typical size of
-    an output's entries. c_attn is three maps, q, k and v, each of them orthogonalised by itself. As in AdamW, lr scales
-    the decay too. There is no second moment and no bias correction, as the scale of u does not matter.
+    m is a running mean of the gradient. Nesterov's look-ahead mixes the gradient in once more: ahead = momentum m + (1
+    - momentum) grad, which is the next step's m if the gradient stays the same. Then param -= lr (sqrt(max(1, rows /
+    columns)) orthogonalize(ahead) + weight_decay param): an update stretches no vector by much more than lr, whichever
+    directions the gradients prefer. A tall matrix spreads a vector over more entries without making it longer, so each
+    entry gets smaller; the root makes up for that. c_attn is three maps, q, k and v, each of them orthogonalised by
+    itself. As in AdamW, lr scales the decay too. There is no second moment and no bias correction, as the scale of what
+    is orthogonalised does not matter.
 
     params: the matrices to learn (see split_params), which must be writable
     momentum: how much of the running mean stays at each step, in [0, 1)
