@@ -13,6 +13,7 @@ Losses are mean nats per token over the whole validation split, each token but t
 
 import math
 import sys
+from collections.abc import Iterator
 from typing import Annotated
 
 from common.startup import prepare_imports
@@ -43,16 +44,24 @@ def bigram_loss(train_ids: np.ndarray, val_ids: np.ndarray, vocab_size: int, *, 
     for ids, name in ((train_ids, "training"), (val_ids, "validation")):
         if len(ids) < 2:
             raise UserError(f"the {name} split has {len(ids)} tokens; a bigram needs at least 2")
-    asked, of_pair = np.unique(pair_keys(val_ids, vocab_size), return_inverse=True)
-    pairs = np.zeros(len(asked), dtype=np.int64)  # how often each pair of `asked` occurs in train_ids
+    asked = np.unique(np.concatenate([np.unique(keys) for keys in key_chunks(val_ids, vocab_size)]))
+    times = np.zeros(len(asked), dtype=np.int64)  # how often each pair of `asked` occurs in val_ids
+    for keys in key_chunks(val_ids, vocab_size):
+        times += np.bincount(np.searchsorted(asked, keys), minlength=len(asked))
+    pairs = np.zeros(len(asked), dtype=np.int64)  # how often it occurs in train_ids
     firsts = np.zeros(vocab_size, dtype=np.int64)  # how often each token is followed by another there
-    for start in range(0, len(train_ids) - 1, CHUNK):
-        keys = pair_keys(train_ids[start : start + CHUNK + 1], vocab_size)
+    for keys in key_chunks(train_ids, vocab_size):
         places = np.minimum(np.searchsorted(asked, keys), len(asked) - 1)
         pairs += np.bincount(places[asked[places] == keys], minlength=len(asked))
         firsts += np.bincount(keys // vocab_size, minlength=vocab_size)
     nll = np.log(firsts[asked // vocab_size] + alpha * vocab_size) - np.log(pairs + alpha)
-    return float(nll[of_pair].mean())
+    return float((nll * times).sum() / times.sum())
+
+
+def key_chunks(ids: np.ndarray, vocab_size: int) -> Iterator[np.ndarray]:
+    """pair_keys(ids), CHUNK at a time."""
+    for start in range(0, len(ids) - 1, CHUNK):
+        yield pair_keys(ids[start : start + CHUNK + 1], vocab_size)
 
 
 def pair_keys(ids: np.ndarray, vocab_size: int) -> np.ndarray:
@@ -70,8 +79,8 @@ def check_alpha(alpha: float) -> None:
 def count_pairs(ids: np.ndarray, vocab_size: int) -> np.ndarray:
     """(V, V) int64: how often token b (column) follows token a (row) in ids (n,)."""
     counts = np.zeros(vocab_size * vocab_size, dtype=np.int64)
-    for start in range(0, len(ids) - 1, CHUNK):
-        counts += np.bincount(pair_keys(ids[start : start + CHUNK + 1], vocab_size), minlength=len(counts))
+    for keys in key_chunks(ids, vocab_size):
+        counts += np.bincount(keys, minlength=len(counts))
     return counts.reshape(vocab_size, vocab_size)
 
 

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from common.startup import prepare_imports
 
@@ -33,7 +33,10 @@ from data.tokenizers import Tokenizer
 from numpygpt import GPT, GPTConfig, Params, check_sampling
 from training.batches import step_rng
 from training.parallel import tune_process
-from training.run import load_run, read_config
+from training.run import folder_of, load_run, read_config
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Engine = Literal["numpy", "torch"]
 
@@ -62,21 +65,21 @@ def token_stream(
     """Token ids after prompt (T,), without end, from either engine. Raises ValueError on impossible settings."""
     large = sum(weight.size for weight in weights.values()) >= LARGE
     dtype = weights["wte.weight"].dtype if large else np.dtype(np.float64)
+    stream: Iterator[np.ndarray] | Iterator[Tensor]
     if engine == "numpy":
         tune_process(threads=1)
         gpt = GPT(config, weights, dtype=dtype.type)
-        for tokens in gpt.stream(prompt[None], temperature=temperature, top_k=top_k, rng=rng):
-            yield int(tokens[0])
+        stream = gpt.stream(prompt[None], temperature=temperature, top_k=top_k, rng=rng)
     else:
         import torch  # here: the NumPy engine must run without it
 
         import torchgpt
 
-        model = torchgpt.GPT(config, dtype=getattr(torch, dtype.name))
-        model.load_state_dict({name: torch.tensor(weight) for name, weight in weights.items()})
+        twin = torchgpt.GPT(config, dtype=getattr(torch, dtype.name))
+        twin.load_state_dict({name: torch.tensor(weight) for name, weight in weights.items()})
         idx = torch.from_numpy(prompt[None].astype(np.int64))
-        for token in model.stream(idx, temperature=temperature, top_k=top_k, rng=rng):
-            yield int(token[0])
+        stream = twin.stream(idx, temperature=temperature, top_k=top_k, rng=rng)
+    return (int(tokens[0]) for tokens in stream)
 
 
 def write_samples(
@@ -107,7 +110,8 @@ def write_samples(
     except ValueError as error:
         raise UserError(str(error)) from error
     config, weights, tokenizer = load_for_sampling(folder)
-    special = tokenizer.special_tokens if special_tokens or read_config(folder).training.special_tokens else ()
+    special_tokens = special_tokens or read_config(folder_of(folder)).training.special_tokens
+    special = tokenizer.special_tokens if special_tokens else ()
     ids = tokenizer.encode(prompt, allowed_special=special) if prompt else first_ids(tokenizer)
     for number in range(num_samples):
         if num_samples > 1:
@@ -137,14 +141,7 @@ def show_sample(folder: Path, engine: Engine) -> None:
     """What a trainer ends with: a short text from what it has just saved, and how to get more."""
     print("\na sample of the best checkpoint:\n")
     write_samples(
-        folder,
-        prompt=None,
-        max_new_tokens=300,
-        temperature=0.8,
-        top_k=None,
-        seed=1337,
-        num_samples=1,
-        engine=engine,
+        folder, prompt=None, max_new_tokens=300, temperature=0.8, top_k=None, seed=1337, num_samples=1, engine=engine
     )
     print(f"\nmore of it:\n    python sample.py {shlex.quote(str(folder))} --engine {engine} --max-new-tokens 1000")
 

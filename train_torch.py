@@ -232,7 +232,7 @@ class TorchEngine(Engine):
         """The tokens are checked and move to the device once, and the windows are gathered there."""
         if tokens is not self.source:
             check_ids("the training split", tokens[None], 0, self.gpt.config.vocab_size)
-            self.source, self.tokens = tokens, torch.from_numpy(np.array(tokens)).to(self.device)
+            self.source, self.tokens = tokens, torch.from_numpy(np.array(tokens, np.int32)).to(self.device)
         windows = self.tokens.unfold(0, T + 1, 1)[self.to_device(starts)].long()
         return windows[:, :-1], windows[:, 1:]
 

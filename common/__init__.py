@@ -1,4 +1,4 @@
-"""What every program here needs, and what knows about none of them.
+"""What every program here needs.
 
 common.startup   imports that fail: a missing package is one line
 common.errors    UserError: what a user caused, in one line

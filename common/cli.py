@@ -14,7 +14,7 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from itertools import dropwhile, pairwise, takewhile
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import tyro
 
@@ -26,7 +26,7 @@ T = TypeVar("T")
 PATH_FLAGS = {"--data", "--from", "--out", "--resume", "--run", "--run-dir", "--tokenizer"}
 
 
-def parse(kind: type[T] | Callable[..., T], program: str, argv: Sequence[str] | None, **options: object) -> T:
+def parse(kind: type[T] | Callable[..., T], program: str, argv: Sequence[str] | None, **options: Any) -> T:
     """tyro.cli with flat flags; where it would draw a box around an error: one line on stderr, and exit status 2."""
     argv = expand_home(sys.argv[1:] if argv is None else argv)
     flat = (tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone)  # None is what a flag is when it is not given
@@ -80,7 +80,7 @@ def is_rule(line: str) -> bool:
 
 
 def run_program(main: Callable[[], int]) -> int:
-    """main()'s exit status; or 1 and one line on stderr, if something went wrong that the user can mend."""
+    """main()'s exit status; or 1 and one line on stderr, if something went wrong that the user can fix."""
     status, message = 1, None
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C is a KeyboardInterrupt again
@@ -106,7 +106,9 @@ def run_program(main: Callable[[], int]) -> int:
         status = 128 + signal.SIGINT
     try:
         print(end="", flush=True)
-    except OSError:  # what is still buffered would fail again when Python ends, which then has a say of its own
+    except (
+        OSError
+    ):  # what is still buffered would fail again when Python ends, which would then print an error of its own
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if message is not None:
         print(f"error: {message_line(message)}", file=sys.stderr)
@@ -118,6 +120,6 @@ def run_and_flush(main: Callable[[], int]) -> int:
     try:
         status = main()
     except SystemExit as stop:  # tyro's, after --help; parse's, after flags that make no sense
-        status = stop.code or 0
+        status = stop.code or 0  # type: ignore[assignment]  # a number, both times
     print(end="", flush=True)
     return status

@@ -90,7 +90,7 @@ def open_tensors(path: Path, expected: str, *, max_bytes: int | None = None, sea
         header = read_header(path, content)
         fields = parse_json(header, str(path))
         check_layout(path, file)
-        metadata = fields.pop("__metadata__", {})
+        metadata = fields.pop("__metadata__", None) or {}  # the library takes null for none
         if sealed:
             check_seal(path, file, header, metadata.get(SEAL, ""))
     first = 8 + len(header)

@@ -36,11 +36,11 @@ import numpy as np
 
 from common.errors import UserError, shorten
 from data.checks import as_id, as_ids, check_no_surrogate, check_special
+from data.text import PIECE_BYTES, cut, pieces_of
 
 if TYPE_CHECKING:
     import tiktoken
 
-PIECE_CHARS = 1 << 16  # texts are encoded in pieces of about this size, so that memory holds no second copy of them
 MAX_TIKTOKEN_BLANK = 1 << 18  # characters of white space in a row; tiktoken panics at a million
 MAX_TABLE_BYTES = 16 << 20  # of all tokens' bytes together; a few crafted lines could ask for terabytes
 MAX_CACHED_CHUNKS = 1 << 18
@@ -94,8 +94,12 @@ class BPETokenizer:
                 raise UserError(f"merge {place}, {pair}, can never happen: a merge before it takes the bytes it needs")
 
     @classmethod
-    def train(cls, text: str, vocab_size: int, *, special_tokens: Collection[str] = ()) -> "BPETokenizer":
-        """Learn merges from `text` until there are `vocab_size` ids, special tokens included.
+    def train(
+        cls, text: str | Iterable[str], vocab_size: int, *, special_tokens: Collection[str] = ()
+    ) -> "BPETokenizer":
+        """Learn merges until there are `vocab_size` ids, special tokens included.
+
+        text: all of it, or the pieces that data.text.cut makes
 
         Each merge is of the pair that occurs most often (overlaps count: "aaa" holds "aa" twice); of several such
         pairs, of the lowest pair of ids. A pair that occurs only once is not worth an id. Raises UserError for an
@@ -107,10 +111,10 @@ class BPETokenizer:
                 f"a vocabulary of {vocab_size} is too small: the 256 bytes and {len(special_tokens)} special tokens "
                 f"are always in it, so at least {256 + len(special_tokens)} are needed"
             )
-        if not text:
+        chunks = count_chunks(text)
+        if not chunks:
             raise UserError("an empty text gives no byte-pair encoding")
-        check_no_surrogate(text)
-        merges = learn_merges(count_chunks(text), num_merges)
+        merges = learn_merges(chunks, num_merges)
         if len(merges) < num_merges:
             raise UserError(
                 f"a vocabulary of {vocab_size} is too large: this text gives at most "
@@ -169,7 +173,7 @@ class BPETokenizer:
                 special = 256 + len(self.merges) + self.special_tokens.index(run)
                 parts.append(np.array([special], dtype=np.int32))
                 continue
-            for piece in cut(run):
+            for piece in cut(run.encode()):
                 if by_tiktoken is not None and longest_blank(piece) <= MAX_TIKTOKEN_BLANK:
                     ids = by_tiktoken.encode_ordinary(piece)
                 else:
@@ -356,7 +360,9 @@ def merge_all(ids: list[int], ranks: dict[tuple[int, int], int]) -> list[int]:
 def merge_long(ids: Collection[int], ranks: dict[Pair, int]) -> list[int]:
     """The same as merge_all, for a chunk so long that it must not be read again for each merge."""
     row = Row([ids])
-    places, heap, pairs = {}, [], row.all_pairs()
+    places: dict[Pair, Places] = {}
+    heap: list[tuple[int, Pair]] = []
+    pairs = row.all_pairs()
     while True:
         for pair, _, at in pairs:
             if pair in ranks:
@@ -393,10 +399,10 @@ def can_happen(place: int, merges: Sequence[tuple[int, int]], ranks: dict[tuple[
             return True
 
 
-def count_chunks(text: str) -> Counter[str]:
-    """How often each chunk occurs between the borders of the splitting pattern."""
-    counts = Counter()
-    for piece in cut(text):
+def count_chunks(text: str | Iterable[str]) -> Counter[str]:
+    """How often each chunk occurs in a text, or in its pieces, between the borders of the splitting pattern."""
+    counts: Counter[str] = Counter()
+    for piece in pieces_of(text):
         counts.update(split_chunks(piece))
     return counts
 
@@ -410,23 +416,9 @@ def split_chunks(text: str) -> list[str]:
     return regex.findall(SPLIT_PATTERN, text)
 
 
-def cut(text: str) -> Iterator[str]:
-    """`text` in pieces of about PIECE_CHARS characters whose chunks are those of the whole text.
-
-    A piece ends between a character that is not white space and a space or line feed: every chunk that begins before
-    such a place ends there at the latest, and none that ends there looks at what follows.
-    """
-    start = 0
-    while start < len(text):
-        border = re.compile(r"(?<=\S)(?=[ \n])").search(text, start + PIECE_CHARS)
-        end = border.start() if border else len(text)
-        yield text[start:end]
-        start = end
-
-
 def longest_blank(piece: str) -> int:
     """An upper bound of the longest run of white space in a piece, exact for pieces of unusual length."""
-    if len(piece) <= 2 * PIECE_CHARS:
+    if len(piece) <= 2 * PIECE_BYTES:
         return len(piece)
     return max((len(blank) for blank in re.findall(r"\s+", piece)), default=0)
 

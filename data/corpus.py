@@ -15,8 +15,9 @@ import os
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated
 
@@ -32,7 +33,7 @@ from common.cli import parse, run_program
 from common.errors import UserError, printable
 from common.files import read_bytes, write_atomically
 from data import verse
-from data.text import check_text
+from data.text import check_text, count_chars, cut, offset_of_char
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -46,21 +47,40 @@ class Corpus:
     """A text, whole. The first 90% of its characters are for training, the rest for validation."""
 
     name: str  # "shakespeare_char", "verse", or the path as it was given
-    text: str
+    utf8: bytes  # the text, normalised
     sha256: str  # of the bytes of the file, before anything is stripped or normalised
     entropy_per_char: float | None = None  # nats, exact; known for verse only
 
     @property
+    def text(self) -> str:
+        return self.utf8.decode()
+
+    @property
     def train_text(self) -> str:
-        return self.text[: self._num_train]
+        return self.utf8[: self._train_bytes].decode()
 
     @property
     def val_text(self) -> str:
-        return self.text[self._num_train :]
+        return self.utf8[self._train_bytes :].decode()
+
+    def train_pieces(self, *, anywhere: bool = False) -> Iterator[str]:
+        """train_text in pieces, so that memory never holds all of it as characters; see data.text.cut."""
+        return cut(self.utf8, 0, self._train_bytes, anywhere=anywhere)
+
+    def val_pieces(self, *, anywhere: bool = False) -> Iterator[str]:
+        return cut(self.utf8, self._train_bytes, anywhere=anywhere)
+
+    @cached_property
+    def num_chars(self) -> int:
+        return count_chars(self.utf8)
 
     @property
-    def _num_train(self) -> int:
-        return len(self.text) * 9 // 10
+    def num_train_chars(self) -> int:
+        return self.num_chars * 9 // 10
+
+    @cached_property
+    def _train_bytes(self) -> int:
+        return offset_of_char(self.utf8, self.num_train_chars)
 
 
 def load_corpus(name: str | None = None, *, announce: Callable[[str], None] = print) -> Corpus:
@@ -68,15 +88,14 @@ def load_corpus(name: str | None = None, *, announce: Callable[[str], None] = pr
 
     Tiny Shakespeare is downloaded if it is not there. If that fails, a caller who asked for it by name gets a
     UserError that says how to get it; a caller who named nothing gets `verse`, and `announce` two lines that say so.
-    Raises UserError for whatever else the user can mend: a missing file, one that is not text, an altered input.txt.
+    Raises UserError for whatever else the user can fix: a missing file, one that is not text, an altered input.txt.
     """
     if name == "verse":
         return load_verse()
     if name == "shakespeare_char":
         return load_shakespeare()
     if name is not None:
-        text, sha256 = read_file(name)
-        return Corpus(name, text, sha256)
+        return Corpus(name, *read_file(name))
     if not SHAKESPEARE_FILE.exists():
         try:
             fetch_shakespeare()
@@ -88,9 +107,9 @@ def load_corpus(name: str | None = None, *, announce: Callable[[str], None] = pr
 
 
 def load_verse() -> Corpus:
-    """The embedded corpus: written anew each time, always the same."""
-    text = verse.write()
-    return Corpus("verse", text, hashlib.sha256(text.encode()).hexdigest(), verse.entropy_per_char())
+    """The embedded corpus: written each time, always the same."""
+    utf8 = verse.write().encode()
+    return Corpus("verse", utf8, hashlib.sha256(utf8).hexdigest(), verse.entropy_per_char())
 
 
 def load_shakespeare() -> Corpus:
@@ -100,13 +119,13 @@ def load_shakespeare() -> Corpus:
             fetch_shakespeare()
         except UserError as error:
             raise UserError(f"no corpus shakespeare_char: {error}; {how_to_get_it()}") from error
-    text, sha256 = read_file(SHAKESPEARE_FILE)
+    utf8, sha256 = read_file(SHAKESPEARE_FILE)
     if sha256 != SHAKESPEARE_SHA256:
         raise UserError(
             f"{SHAKESPEARE_FILE} is not Tiny Shakespeare: its SHA-256 is {sha256}, expected {SHAKESPEARE_SHA256}; "
             "delete it to have it downloaded again, or keep it elsewhere and name it by its path"
         )
-    return Corpus("shakespeare_char", text, sha256)
+    return Corpus("shakespeare_char", utf8, sha256)
 
 
 def how_to_get_it() -> str:
@@ -152,19 +171,22 @@ def keep_shakespeare(content: bytes, source: str | os.PathLike) -> None:
         raise UserError(f"cannot write {SHAKESPEARE_FILE}: {error.strerror or error}") from error
 
 
-def read_file(path: str | os.PathLike) -> tuple[str, str]:
+def read_file(path: str | os.PathLike) -> tuple[bytes, str]:
     """The text of a UTF-8 file, normalised so that it gives one vocabulary whatever system it was saved on, and the
     SHA-256 of its bytes.
 
     Raises UserError for a path that cannot be read, and for a text that nothing can be learned from.
     """
     content = read_bytes(path, "shakespeare_char, verse, or the path of a UTF-8 text file")
-    text = check_text(content, str(path)).decode()
-    if not text:
+    utf8 = check_text(content, str(path))
+    if not utf8:
         raise UserError(f"{path} is empty; a corpus needs at least two distinct characters")
-    if text.count(text[0]) == len(text):
-        raise UserError(f"{path} holds only the character {text[0]!r}; a corpus needs at least two distinct characters")
-    return text, hashlib.sha256(content).hexdigest()
+    first = utf8[: offset_of_char(utf8, 1)]
+    if utf8.count(first) * len(first) == len(utf8):
+        raise UserError(
+            f"{path} holds only the character {first.decode()!r}; a corpus needs at least two distinct characters"
+        )
+    return utf8, hashlib.sha256(content).hexdigest()
 
 
 def describe(corpus: Corpus) -> str:
@@ -172,10 +194,10 @@ def describe(corpus: Corpus) -> str:
     place = {"shakespeare_char": str(SHAKESPEARE_FILE), "verse": f"data/verse.py, seed {verse.SEED}"}
     facts = [
         ("corpus", corpus.name),
-        ("characters", f"{len(corpus.text):,}"),
-        ("distinct", f"{len(set(corpus.text)):,}"),
-        ("train", f"{len(corpus.train_text):,}"),
-        ("validation", f"{len(corpus.val_text):,}"),
+        ("characters", f"{corpus.num_chars:,}"),
+        ("distinct", f"{len(set().union(*cut(corpus.utf8, anywhere=True))):,}"),
+        ("train", f"{corpus.num_train_chars:,}"),
+        ("validation", f"{corpus.num_chars - corpus.num_train_chars:,}"),
         ("SHA-256", corpus.sha256),
         ("from", place.get(corpus.name, corpus.name)),
     ]

@@ -89,10 +89,10 @@ def from_ranks(tokens: list[bytes], special_tokens: tuple[str, ...] = ()) -> BPE
     byte_ids = {token: rank for rank, token in enumerate(tokens[:256])}
     if sorted(byte_ids) != [bytes([byte]) for byte in range(256)]:
         raise UserError("the first 256 tokens must be the 256 bytes")
-    ranks = {}
+    ranks: dict[tuple[int, int], int] = {}
     for rank, token in enumerate(tokens[256:], start=256):
-        pair = merge_all([byte_ids[token[at : at + 1]] for at in range(len(token))], ranks)
-        if len(pair) != 2:
+        halves = merge_all([byte_ids[token[at : at + 1]] for at in range(len(token))], ranks)
+        if len(halves) != 2:
             raise UserError(f"token {rank}, {token!r}, is not made of two tokens of lower rank")
-        ranks[tuple(pair)] = rank
+        ranks[halves[0], halves[1]] = rank
     return BPETokenizer(tuple(ranks), special_tokens, b"".join(tokens[:256]))

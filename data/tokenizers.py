@@ -36,6 +36,7 @@ from data.bpe import BPETokenizer
 from data.checks import as_id, as_ids, check_no_surrogate, check_special
 from data.corpus import load_corpus
 from data.gpt2_bpe import gpt2_tokenizer, load_merges
+from data.text import cut, pieces_of
 
 PIECE_CHARS = 1 << 16  # characters converted at once, so that memory holds no second copy of a large text
 MAX_FILE_BYTES = 8 << 20  # of a tokenizer.json; GPT-2's has under 1 MB
@@ -87,14 +88,13 @@ class CharTokenizer:
                 raise UserError(f"the vocabulary must list each character once, by code point: {after!r} {fault}")
 
     @classmethod
-    def from_text(cls, text: str) -> "CharTokenizer":
-        """The tokenizer of exactly the characters that occur in `text`. Raises UserError if there are none."""
-        if not text:
-            raise UserError("an empty text gives no character vocabulary")
-        check_no_surrogate(text)
+    def from_text(cls, text: str | Iterable[str]) -> "CharTokenizer":
+        """The tokenizer of exactly the characters in a text, or in its pieces. Raises UserError if there are none."""
         seen = np.zeros(sys.maxunicode + 1, dtype=bool)
-        for start in range(0, len(text), PIECE_CHARS):
-            seen[code_points(text[start : start + PIECE_CHARS])] = True
+        for piece in pieces_of(text):
+            seen[code_points(piece)] = True
+        if not seen.any():
+            raise UserError("an empty text gives no character vocabulary")
         return cls("".join(map(chr, np.flatnonzero(seen).tolist())))
 
     @property
@@ -221,11 +221,13 @@ def foreign_kind(fields: dict) -> str | None:
     return None
 
 
-def get_tokenizer(name_or_file: str, text: str, bpe_vocab_size: int = 1024) -> Tokenizer:
+def get_tokenizer(name_or_file: str, text: str | Iterable[str], bpe_vocab_size: int = 1024) -> Tokenizer:
     """The tokenizer that a command line names.
 
-    "char": the characters of `text`. "bpe": trained on `text` to `bpe_vocab_size` ids. "gpt2": GPT-2's own. Otherwise
-    a file: a tokenizer.json that `save` wrote, or, under any name that does not end in .json, merges as in GPT-2's
+    text: all of it, or the pieces that data.text.cut makes
+
+    "char": the characters of the text. "bpe": trained on it to `bpe_vocab_size` ids. "gpt2": GPT-2's own. Otherwise a
+    file: a tokenizer.json that `save` wrote, or, under any name that does not end in .json, merges as in GPT-2's
     vocab.bpe. Raises UserError for whatever the user can fix.
     """
     if name_or_file == "char":
@@ -247,18 +249,18 @@ def train_command(data: str | None, vocab_size: int, out: Path | None) -> None:
         raise UserError(f"{out} exists already, and nothing is overwritten: choose another --out, or delete it")
     corpus = load_corpus(data)
     started = time.perf_counter()
-    tokenizer = BPETokenizer.train(corpus.train_text, vocab_size)
+    tokenizer = BPETokenizer.train(corpus.train_pieces(), vocab_size)
     trained = time.perf_counter()
-    num_tokens = len(tokenizer.encode(corpus.text, use_tiktoken=False))
+    num_tokens = sum(len(tokenizer.encode(piece, use_tiktoken=False)) for piece in cut(corpus.utf8))
     encoded = time.perf_counter()
-    if out is not None:  # before a word is printed, for whoever reads it may close the pipe after a few
+    if out is not None:  # before anything is printed: a reader may close the pipe early
         try:
             save(tokenizer, out)
         except OSError as error:
             raise UserError(f"cannot write {out}: {error.strerror or error}") from error
-    print(f"{corpus.name}: {vocab_size} ids from {len(corpus.train_text):,} characters in {trained - started:.2f} s")
-    print(f"encoded {len(corpus.text):,} characters as {num_tokens:,} tokens in {encoded - trained:.2f} s", end=", ")
-    print(f"{len(corpus.text) / num_tokens:.3f} characters per token")
+    print(f"{corpus.name}: {vocab_size} ids from {corpus.num_train_chars:,} characters in {trained - started:.2f} s")
+    print(f"encoded {corpus.num_chars:,} characters as {num_tokens:,} tokens in {encoded - trained:.2f} s", end=", ")
+    print(f"{corpus.num_chars / num_tokens:.3f} characters per token")
     for new_id, (left, right) in list(enumerate(tokenizer.merges, start=256))[:20]:
         print(f"{new_id:6}  {show(tokenizer.token_bytes[left]):>10} + {show(tokenizer.token_bytes[right])}")
     if out is not None:

@@ -172,7 +172,7 @@ def write(num_chars: int = NUM_CHARS, seed: int = SEED) -> str:
     bounds = {name: list(accumulate(way.probability for way in rule)) for name, rule in rules.items()}
     rng = np.random.default_rng(seed)
     pieces, length = [], 0
-    to_come: list[str] = []  # what is still to be written, the next part last
+    to_come: list[str | Symbol] = []  # what is still to be written, the next part last
     while length < num_chars:
         part = to_come.pop() if to_come else START
         if isinstance(part, Symbol):
@@ -194,7 +194,7 @@ def log_prob(text: str) -> float:
     """
     rules = grammar()
     total, at = 0.0, 0
-    to_come: list[str] = []
+    to_come: list[str | Symbol] = []
     while at < len(text):
         part = to_come.pop() if to_come else START
         if isinstance(part, Symbol):

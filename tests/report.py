@@ -58,8 +58,8 @@ def measure(examples: int) -> dict[str, dict[str, float]]:
 
     settings.register_profile("report", max_examples=examples, **conftest.COMMON)
     settings.load_profile("report")  # before the tests are imported: they take their settings then
-    from tests import test_dropout, test_layers, test_model, test_trajectory
     from tests.helpers import MEASURED
+    from tests.model import test_dropout, test_layers, test_model, test_trajectory
 
     text = "verse" if test_trajectory.needs_shakespeare.args[0] else "shakespeare_char"
     runs: list[tuple[Callable, list[tuple]]] = [
@@ -84,8 +84,8 @@ def measure(examples: int) -> dict[str, dict[str, float]]:
 
 def measure_training(steps: int) -> dict[str, np.ndarray]:
     """dtype -> the relative difference of the two engines' losses at each step of one run."""
-    from tests import test_trajectory as trajectory
     from tests.helpers import ENGINES, train_config
+    from tests.model import test_trajectory as trajectory
 
     tokens, V = trajectory.tokens_of("verse" if trajectory.needs_shakespeare.args[0] else "shakespeare_char")
     config = trajectory.GPTConfig(V, dropout=0.0, **trajectory.MODEL)
@@ -123,7 +123,7 @@ def page(measured: dict[str, dict[str, float]], examples: int) -> str:
     import torch
     import transformers
 
-    from tests import test_layers, test_model
+    from tests.model import test_layers, test_model
 
     references = {
         "PyTorch, float64": measured["NumPy and PyTorch, float64"],
@@ -238,7 +238,7 @@ def draw(measured: dict[str, dict[str, float]], differences: dict[str, np.ndarra
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from tests import test_model
+    from tests.model import test_model
 
     figure = Figure(figsize=(12, 5.5), dpi=130, layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))

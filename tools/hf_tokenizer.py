@@ -26,6 +26,8 @@ EACH_CHARACTER = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": 
 
 def to_hf(tokenizer: Tokenizer) -> dict:
     """What tokenizer.json holds for the same ids. Raises UserError if it cannot say them."""
+    model: dict[str, object]
+    parts: dict[str, object]
     if isinstance(tokenizer, CharTokenizer):
         # Words of one character. WordLevel fails on unknown ones where BPE would drop them: the token that it names
         # for them is none of the vocabulary.
@@ -38,12 +40,14 @@ def to_hf(tokenizer: Tokenizer) -> dict:
             "decoder": {"type": "Fuse"},
         }
     else:
+        assert isinstance(tokenizer, BPETokenizer)
         symbols = byte_symbols()
         names = [
             "".join(symbols[byte] for byte in token) for token in tokenizer.token_bytes[: 256 + len(tokenizer.merges)]
         ]
         names += tokenizer.special_tokens
         vocab = {name: place for place, name in enumerate(names)}
+        merges = [[names[left], names[right]] for left, right in tokenizer.merges]
         if len(vocab) < len(names):
             raise UserError(
                 "a special token is written like another token, which Hugging Face's format cannot tell apart"
@@ -57,7 +61,7 @@ def to_hf(tokenizer: Tokenizer) -> dict:
             "fuse_unk": False,
             "byte_fallback": False,
             "vocab": vocab,
-            "merges": [[names[left], names[right]] for left, right in tokenizer.merges],
+            "merges": merges,
         }
         flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
         added = [{"id": vocab[token], "content": token, **flags} for token in tokenizer.special_tokens]
@@ -142,7 +146,7 @@ def with_added(tokenizer: Tokenizer, added: dict[str, tuple[Path, int]]) -> Toke
 
     Ours numbers special tokens one after another, after all others; and a tokenizer of characters has none.
     """
-    ids, new = ids_of(tokenizer), {}
+    ids, new = ids_of(tokenizer), dict[int, str]()
     for token, (path, number) in added.items():
         if type(number) is not int:
             raise UserError(f"{path}: the id of token {shorten(token)} must be a whole number, got {shorten(number)}")
@@ -205,15 +209,15 @@ def content_of(token: object, where: str = "") -> str:
 def from_hf(fields: dict, path: Path) -> Tokenizer:
     """The tokenizer that gives the same ids as a tokenizer.json of the library. Raises UserError if ours cannot."""
     model = fields.get("model")
-    kind = model.get("type", "BPE") if type(model) is dict else None
+    kind = model.get("type", "BPE") if isinstance(model, dict) else None
     try:
+        if not isinstance(model, dict):
+            found = foreign_kind(fields) or "no tokenizer.json"
+            raise UserError(f"it is {found}: expected a tokenizer.json, or GPT-2's merges.txt (vocab.bpe)")
         if kind == "WordLevel":
             return characters_from_hf(fields, model)
         if kind == "BPE":
             return bpe_from_hf(fields, model)
-        if kind is None:
-            found = foreign_kind(fields) or "no tokenizer.json"
-            raise UserError(f"it is {found}: expected a tokenizer.json, or GPT-2's merges.txt (vocab.bpe)")
         raise UserError(f"a tokenizer must be byte-level BPE or single characters, got {shorten(kind)}")
     except UserError as error:
         raise UserError(f"{path}: {error}") from error

@@ -6,7 +6,7 @@ both engines read the same tokens.
 """
 
 import tempfile
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 
 from common.errors import UserError, shorten
-from data.bpe import cut
 from data.corpus import Corpus
 from data.tokenizers import Tokenizer
 from training.config import TrainConfig
@@ -73,7 +72,9 @@ def epoch_starts(seed: int, epoch: int, T: int, num_tokens: int) -> np.ndarray:
     rng = step_rng(seed, epoch, "epoch")
     K = max(1, num_tokens // T - 1)
     offset = rng.integers(min(T, num_tokens - K * T))
-    starts = offset + T * rng.permutation(K)
+    starts = rng.permutation(K)
+    starts *= T  # in place: a large corpus has millions of windows
+    starts += offset
     starts.flags.writeable = False  # it is shared
     return starts
 
@@ -97,8 +98,12 @@ def split(batch: Batch, parts: int) -> list[Batch]:
     return [(idx[first:last], targets[first:last]) for first, last in pairwise(edges)]
 
 
-def encode(tokenizer: Tokenizer, text: str, folder: Path, start: int, special: Collection[str]) -> np.ndarray:
-    """The token ids of a text, (n,) int32, mapped from a file, so that a large corpus takes disk and not memory.
+def encode(
+    tokenizer: Tokenizer, pieces: Iterable[str], folder: Path, start: int, special: Collection[str]
+) -> np.ndarray:
+    """The token ids of a text, (n,) unsigned integers, mapped from a file: a large corpus takes disk and not memory.
+
+    Pages of the file that were read count as memory all the same, so an id has no more bytes than it needs.
 
     The file has no name: it is in the folder as long as the array is, and a crash leaves nothing of it.
     start: where in its corpus the text begins
@@ -106,15 +111,16 @@ def encode(tokenizer: Tokenizer, text: str, folder: Path, start: int, special: C
 
     Raises UserError that says from where on something cannot be encoded.
     """
+    dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
     with tempfile.TemporaryFile(dir=folder) as file:
-        for piece in cut(text):
+        for piece in pieces:
             try:
-                file.write(tokenizer.encode(piece, allowed_special=special).astype(np.int32).tobytes())
+                file.write(tokenizer.encode(piece, allowed_special=special).astype(dtype).tobytes())
             except UserError as error:
                 raise UserError(f"from its character {start:,} on, {error}") from error
             start += len(piece)
         file.flush()
-        return np.memmap(file, np.int32, mode="r") if file.tell() else np.empty(0, np.int32)
+        return np.memmap(file, dtype, mode="r") if file.tell() else np.empty(0, dtype)
 
 
 def special_tokens(tokenizer: Tokenizer, training: TrainConfig, corpus: Corpus) -> tuple[str, ...]:
@@ -130,7 +136,7 @@ def special_tokens(tokenizer: Tokenizer, training: TrainConfig, corpus: Corpus) 
                 raise UserError(f"special token {shorten(token)} holds white space: it cannot be read in a text")
         return tokenizer.special_tokens
     for token in tokenizer.special_tokens:
-        if times := corpus.text.count(token):
+        if times := corpus.utf8.count(token.encode()):
             print(
                 f"{corpus.name} holds {shorten(token)} {times:,} time{'s' * (times > 1)}, learned as ordinary text: "
                 "--special-tokens would read it as the special token"

@@ -24,7 +24,8 @@ from bigram import bigram_loss
 from common.errors import UserError, shorten
 from common.files import build, read_json, write_atomically
 from data.corpus import Corpus, load_corpus
-from data.tokenizers import Tokenizer, get_tokenizer, load, save
+from data.text import cut
+from data.tokenizers import CharTokenizer, Tokenizer, get_tokenizer, load, save
 from numpygpt import GPTConfig, Params, is_for_muon, param_shapes
 from training.batches import Batches, encode, special_tokens
 from training.checkpoint import TOKENIZER, Checkpoint, State, load_checkpoint, load_weights, save_tensors
@@ -88,8 +89,8 @@ def begin_run(folder: Path, flags: Flags, engine: str, memory: MemoryUse | None,
     corpus = load_corpus(flags.training.data)
     training = dataclasses.replace(flags.training, data=corpus.name)
     # All characters count, or validation might not be writable; but merges are learned from the training split alone.
-    text = corpus.text if training.tokenizer == "char" else corpus.train_text
-    tokenizer = get_tokenizer(training.tokenizer, text, training.bpe_vocab_size)
+    pieces = cut(corpus.utf8, anywhere=True) if training.tokenizer == "char" else corpus.train_pieces()
+    tokenizer = get_tokenizer(training.tokenizer, pieces, training.bpe_vocab_size)
     model = flags.model.gpt_config(tokenizer.vocab_size)
     run = assemble(folder, engine, model, training, tokenizer, corpus, memory)
 
@@ -184,10 +185,13 @@ def assemble(
     """Encode both splits, take the baselines, see that the model fits into memory. Raises UserError. Writes nothing."""
     if memory is not None:
         check_memory(model, training, memory)
-    splits = {0: corpus.train_text, len(corpus.train_text): corpus.val_text}
+    anywhere = isinstance(tokenizer, CharTokenizer)
+    splits = {0: corpus.train_pieces(anywhere=anywhere), corpus.num_train_chars: corpus.val_pieces(anywhere=anywhere)}
     special = special_tokens(tokenizer, training, corpus)
     try:
-        train_tokens, val_tokens = (encode(tokenizer, text, folder, start, special) for start, text in splits.items())
+        train_tokens, val_tokens = (
+            encode(tokenizer, pieces, folder, start, special) for start, pieces in splits.items()
+        )
     except UserError as error:
         raise UserError(f"{corpus.name} does not suit the tokenizer: {error}") from error
     if len(val_tokens) < 2:
@@ -197,8 +201,14 @@ def assemble(
         )
     batches = Batches(train_tokens, model.block_size, training.batch_size, training.seed)
     eval_tokens = val_tokens[: training.eval_tokens]
-    eval_text = corpus.val_text if len(eval_tokens) == len(val_tokens) else tokenizer.decode(eval_tokens)
-    eval_chars = max(1, len(eval_text) - len(tokenizer.decode(eval_tokens[:1])))  # half a character counts as one
+    whole = len(eval_tokens) == len(val_tokens)
+    num_chars = corpus.num_chars - corpus.num_train_chars if whole else len(tokenizer.decode(eval_tokens))
+    eval_chars = num_chars - len(tokenizer.decode(eval_tokens[:1]))
+    if eval_chars < 1:
+        raise UserError(
+            f"{corpus.name} is too short: its validation split, the last tenth, is a single character, and 2 are "
+            "needed to predict one from the other"
+        )
     baselines = {"bigram": bigram_loss(train_tokens, eval_tokens, tokenizer.vocab_size)}
     if corpus.entropy_per_char is not None:
         baselines["entropy"] = corpus.entropy_per_char * eval_chars / (len(eval_tokens) - 1)
@@ -208,18 +218,22 @@ def assemble(
 def load_run(run: Path) -> tuple[GPTConfig, Params, Tokenizer]:
     """Model, weights and tokenizer of a run's best checkpoint, or of its last if none was best yet; or of the one whose
     .safetensors file is given. A trainer may be at work on it. Raises UserError."""
-    is_file = run.suffix == ".safetensors" and not run.is_dir()
-    folder = run.parent if is_file else run
+    folder = folder_of(run)
     config = read_config(folder).model
     tokenizer = load(folder / TOKENIZER)
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(
             f"{folder / TOKENIZER} has {tokenizer.vocab_size} tokens, more than the model's {config.vocab_size}"
         )
-    candidates = [run] if is_file else [path for name in (BEST, LAST) if os.path.lexists(path := folder / name)]
+    candidates = [run] if folder != run else [path for name in (BEST, LAST) if os.path.lexists(path := folder / name)]
     if not candidates:
         raise UserError(f"{folder} has no checkpoint yet: it is saved at the first evaluation")
     return config, load_weights(candidates[0], config), tokenizer
+
+
+def folder_of(run: Path) -> Path:
+    """The folder of a run that is named by it, or by one of its .safetensors files."""
+    return run.parent if run.suffix == ".safetensors" and not run.is_dir() else run
 
 
 def read_config(folder: Path) -> RunConfig:

@@ -11,6 +11,8 @@ const keyOf = (role, index) => `${role}[${index.join(", ")}]`;
 const placeOf = (index, shape) => index.reduce((place, i, axis) => place * shape[axis] + i, 0);
 const indexAt = (place, shape) =>
   shape.map((n, axis) => Math.floor(place / shape.slice(axis + 1).reduce((a, b) => a * b, 1)) % n);
+const indexOf = (cell) => cell.dataset.index.split(",").filter(Boolean).map(Number);
+const escape = (text) => text.replace(/[&<>"]/g, (char) => `&#${char.charCodeAt(0)};`);
 const largestOf = (data) => data.reduce((max, x) => (Number.isFinite(x) ? Math.max(max, Math.abs(x)) : max), 0);
 
 /** A new element with these properties and children. */
@@ -90,25 +92,24 @@ function heatmap(role, name, found) {
   const { shape, data } = TENSORS[name], [rowLabels, columnLabels] = labelsOf(name, shape), largest = largestOf(data);
   const exponent = largest === 0 || (largest >= 0.1 && largest < 100) ? 0 : Math.floor(Math.log10(largest));
   const digits = largest / 10 ** exponent >= 10 ? 1 : 2; // so that no number is longer than −12.3 or −.12
-  const cellAt = (head, i, j) => {
+  const cell = (head, i, j) => {
     const value = data[(head * rowLabels.length + i) * columnLabels.length + j];
-    const index = [head, i, j].slice(3 - shape.length), target = name === "probs" && DATA.targets[i] === j;
-    const className = `${value < 0 ? "negative" : "positive"} ${target ? "target" : ""}`;
-    const cell = make("td", { tabIndex: i + j ? -1 : 0, className }, short(value, exponent, digits));
-    cell.style.setProperty("--share", `${Number.isFinite(value) && largest ? (100 * Math.abs(value)) / largest : 0}%`);
-    Object.assign(cell.dataset, { role, index });
-    found(keyOf(role, index), cell);
-    return cell;
+    const share = Number.isFinite(value) && largest ? (100 * Math.abs(value)) / largest : 0;
+    const classes = [value < 0 ? "negative" : "positive", name === "probs" && DATA.targets[i] === j ? "target" : ""];
+    return `<td tabindex="${i + j ? -1 : 0}" class="${classes.join(" ")}" style="--share: ${share}%" data-role="${role}"
+      data-index="${[head, i, j].slice(3 - shape.length)}">${short(value, exponent, digits)}</td>`;
   };
+  const top = columnLabels.map((label) => `<th scope="col">${escape(label)}</th>`).join("");
   const tables = range(shape.length === 3 ? shape[0] : 1).map((head) => {
-    const corner = make("th", {}, shape.length === 3 ? `head ${head}` : "");
-    const top = make("tr", {}, corner, ...columnLabels.map((label) => make("th", { scope: "col" }, label)));
-    return make("table", {}, top, ...rowLabels.map((label, i) =>
-      make("tr", {}, make("th", { scope: "row" }, label), ...columnLabels.map((_, j) => cellAt(head, i, j)))));
+    const row = (label, i) => `<tr><th>${escape(label)}</th>${columnLabels.map((_, j) => cell(head, i, j)).join("")}</tr>`;
+    const corner = shape.length === 3 ? `head ${head}` : "";
+    return `<table><tr><th>${corner}</th>${top}</tr>${rowLabels.map(row).join("")}</table>`; // far faster than make()
   });
-  const scale = exponent ? [" ×10", make("sup", {}, String(exponent).replace("-", "−"))] : [];
-  const caption = [make("b", {}, role), ` (${shape.join(", ")})`, ...scale, make("small", {}, name)];
-  return make("figure", {}, make("figcaption", {}, ...caption), make("div", { className: "tables" }, ...tables));
+  const scale = exponent ? ` ×10<sup>${String(exponent).replace("-", "−")}</sup>` : "";
+  const caption = `<figcaption><b>${role}</b> (${shape.join(", ")})${scale}<small>${name}</small></figcaption>`;
+  const figure = make("figure", { innerHTML: `${caption}<div class="tables">${tables.join("")}</div>` });
+  figure.querySelectorAll("td").forEach((cell) => found(keyOf(role, indexOf(cell)), cell));
+  return figure;
 }
 
 /** In a table, the arrow keys go to the neighbouring cell, and Esc leaves. */
@@ -271,7 +272,6 @@ function drawCurve(value, loss, predicted) {
 // What the reader does
 
 const isCell = (element) => element.dataset.index !== undefined;
-const indexOf = (cell) => cell.dataset.index.split(",").filter(Boolean).map(Number);
 
 for (const type of ["pointerover", "focusin", "click"]) {
   $("maps").addEventListener(type, ({ target }) => {

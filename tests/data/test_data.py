@@ -114,9 +114,48 @@ def test_tiny_shakespeare_is_the_one_everybody_means():
 
 @given(st.text(min_size=1))
 def test_the_first_nine_tenths_are_for_training(text):
-    made = Corpus("made", text, "")
-    assert made.train_text + made.val_text == text
-    assert len(made.train_text) == len(text) * 9 // 10
+    made = Corpus("made", text.encode(), "")
+    assert made.train_text + made.val_text == made.text == text
+    assert len(made.train_text) == made.num_train_chars == len(text) * 9 // 10
+    assert made.num_chars == len(text)
+    for anywhere in (False, True):
+        assert "".join(made.train_pieces(anywhere=anywhere)) == made.train_text
+        assert "".join(made.val_pieces(anywhere=anywhere)) == made.val_text
+
+
+@given(st.text(alphabet="aé世🙂"), st.integers(4, 9))
+def test_characters_are_counted_and_found_block_by_block(content, size):
+    utf8 = content.encode()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(text, "BLOCK_BYTES", size)
+        assert text.count_chars(utf8) == len(content)
+        for number in range(len(content) + 2):
+            assert text.offset_of_char(utf8, number) == len(content[:number].encode())
+
+
+MEASURE = """
+import sys
+from bench.timing import high_water
+from data.corpus import load_corpus
+from data.tokenizers import CharTokenizer
+before = high_water()
+corpus = load_corpus(sys.argv[1])
+tokenizer = CharTokenizer.from_text(corpus.train_pieces(anywhere=True))
+tokens = sum(len(tokenizer.encode(piece)) for piece in corpus.train_pieces(anywhere=True))
+assert tokens == corpus.num_train_chars
+print(high_water() - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="measures memory as Linux tells it")
+@pytest.mark.parametrize("line", ["To be, or not to be\n", "to be, 🙂\n", "🙂世é"], ids=["ascii", "emoji", "no spaces"])
+def test_a_large_text_is_in_memory_once(tmp_path, line):
+    """A failure: as a str it takes up to four bytes a character, and each slice or list of ids is another copy."""
+    path = tmp_path / "text"
+    path.write_bytes(line.encode() * (40_000_000 // len(line.encode())))
+    root = Path(data.__file__).parents[1]
+    run = subprocess.run([sys.executable, "-c", MEASURE, path], cwd=root, capture_output=True, text=True, check=True)
+    assert float(run.stdout) < 60  # MB; 51 were measured, and over 140 with a str
 
 
 def test_verse_is_embedded_and_knows_its_entropy():

@@ -89,6 +89,15 @@ def test_a_file_without_a_seal_has_none() -> None:
         tensors.open_tensors(path, "a test", sealed=True)
 
 
+def test_metadata_may_be_null(tmp_path: Path) -> None:
+    """As the library takes it: the file can be read, and has no seal."""
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(header({"x": ENTRY, "__metadata__": None}, np.ones(2, np.float32).tobytes()))
+    assert tensors.open_tensors(path, "a test").tensors["x"].read().tolist() == [1, 1]
+    with pytest.raises(UserError, match="has no SHA-256"):
+        tensors.open_tensors(path, "a test", sealed=True)
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_what_is_not_finite_is_neither_written_nor_read(bad: float) -> None:
     array = np.array([0.0, bad])

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 import data
 from common.errors import UserError
 from data import bpe, corpus, gpt2_bpe, tokenizers, verse
+from data import text as text_module
 from data.bpe import BPETokenizer
 from data.gpt2_bpe import gpt2_tokenizer, load_merges
 from data.tokenizers import CharTokenizer, from_json, get_tokenizer, load, save, to_json
@@ -249,7 +250,7 @@ def test_long_chunks_are_learned_and_encoded_as_ever():
 
 
 def test_a_long_chunk_is_not_read_again_for_each_merge(monkeypatch):
-    """A failure: a megabyte without spaces takes hours. 300 merges would read it 300 times; 4 times were seen."""
+    """A failure: a megabyte without spaces takes hours. 300 merges would read it 300 times; 6 times were seen."""
     read, keys = [], bpe.Row.keys
     monkeypatch.setattr(bpe.Row, "keys", lambda row, places: read.append(len(places)) or keys(row, places))
     monkeypatch.setattr(bpe, "merge_all", None)
@@ -304,20 +305,28 @@ def test_chunks_are_gpt2s():
     ]
 
 
-@given(any_text | st.text(alphabet="a' \n1.", min_size=30), st.integers(1, 8))
+# White space of one, two and three bytes, and characters that share bytes with it.
+blank = st.text(alphabet="a \n\x1c\x85\u00a0\u1680\u2003\u2028\u202f\u205f\u3000\u3001\u2019\u00e0\u0945", min_size=30)
+
+
+@given(any_text | st.text(alphabet="a' \n1.", min_size=30) | blank, st.integers(4, 8))
 @settings(deadline=None)
 def test_pieces_have_the_chunks_of_the_whole_text(text, size):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokenizers, "PIECE_CHARS", size)
-        pieces = list(bpe.cut(text))
+        patch.setattr(text_module, "PIECE_BYTES", size)
+        pieces = list(text_module.cut(text.encode()))
         assert "".join(pieces) == text
         assert [chunk for piece in pieces for chunk in bpe.split_chunks(piece)] == bpe.split_chunks(text)
 
 
 def test_texts_are_cut_where_they_can_be(monkeypatch):
-    monkeypatch.setattr(bpe, "PIECE_CHARS", 4)
-    assert list(bpe.cut("to be or not to be")) == ["to be", " or not", " to be"]
-    assert list(bpe.cut("uninterrupted")) == ["uninterrupted"]
+    monkeypatch.setattr(text_module, "PIECE_BYTES", 4)
+    cut = text_module.cut
+    assert list(cut(b"to be or not to be")) == ["to be", " or not", " to be"]
+    assert list(cut(b"uninterrupted")) == ["uninterrupted"]
+    assert list(cut(b"uninterrupted", anywhere=True)) == ["unin", "terr", "upte", "d"]
+    assert list(cut("aé世🙂b".encode(), anywhere=True)) == ["aé", "世", "🙂", "b"]
+    assert list(cut(b"to be or not to be", 3, 11)) == ["be or", " no"]
 
 
 def test_chunks_of_every_length_encode_alike(monkeypatch):

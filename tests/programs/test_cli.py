@@ -295,6 +295,15 @@ def test_odd_corpora_work_or_are_one_line(
         assert said in one_line(printed.err)
 
 
+def test_a_validation_split_of_one_character_of_several_bytes_is_too_short(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "text.txt").write_text("ababababaé", encoding="utf-8")
+    flags = {"tokenizer": "bpe", "bpe_vocab_size": 257, "block_size": 2, "max_steps": 1}
+    assert start("numpy", tmp_path / "text.txt", tmp_path / "run", **flags) == 1
+    assert "is a single character, and 2 are needed" in one_line(capsys.readouterr().err)
+
+
 def test_not_enough_memory_is_one_line(
     tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
