@@ -58,6 +58,7 @@ if TYPE_CHECKING:
 
 MAX_LABELLED = 600  # tokens that embedding.png writes out; of a larger vocabulary these are the first
 MAX_PROMPT = 40  # tokens that probabilities.png has room for
+MAPS_IN_A_ROW = 8  # of attention.png
 MAX_MAP = 20  # tokens of the prompt in attention.png; those before see no others, so their weights are the same
 MAX_BATCH = 12  # sequences in a batch of gradients.png and first_steps.png
 FIRST_STEPS, MIN_STEPS = 200, 20  # updates in first_steps.png: of a small model, and of a large one
@@ -175,8 +176,9 @@ def draw_attention(subject: Subject) -> "Figure":
         for i in range(L)
         for head, probs in enumerate(subject.trace.forward[f"h.{i}.attn.probs"][0])
     }
-    figure = new_figure(11, 4.6 + 6 * L / nh)
-    above, below = cast(np.ndarray, figure.subfigures(2, 1, height_ratios=[4.6, 6 * L / nh]))
+    rows = -(-L * nh // MAPS_IN_A_ROW)
+    figure = new_figure(11, 4.8 + 1.7 * rows)
+    above, below = cast(np.ndarray, figure.subfigures(2, 1, height_ratios=[4.6, 0.2 + 1.7 * rows]))
     chosen = remarkable_heads(maps, labels)
     for axes, ((i, head), remark) in zip(above.subplots(1, len(chosen), squeeze=False)[0], chosen.items(), strict=True):
         image = draw_map(axes, maps[i, head], labels, rows=True, columns=True)
@@ -184,9 +186,10 @@ def draw_attention(subject: Subject) -> "Figure":
         axes.set_xlabel("the token it looks at (key)")
         axes.set_ylabel("the token that looks (query)")
     above.colorbar(image, ax=above.axes, label="weight", pad=0.01)
-    for axes, ((i, head), probs) in zip(below.subplots(L, nh, squeeze=False).flat, maps.items(), strict=True):
+    for place, ((i, head), probs) in enumerate(maps.items(), start=1):
+        axes = below.add_subplot(rows, min(MAPS_IN_A_ROW, L * nh), place)
         draw_map(axes, probs, labels, rows=False, columns=False)
-        axes.set_title(f"layer {i}, head {head}", fontsize=9, pad=3)
+        axes.set_title(f"layer {i}, head {head}", fontsize=8, pad=3)
     below.suptitle(f"all {L * nh} heads", fontsize=11)
     return figure
 
@@ -247,9 +250,9 @@ def draw_mask(subject: Subject) -> "Figure":
     left.set_facecolor("0.92")
     largest = abs(seen).max()
     left.imshow(seen, cmap="PuOr", vmin=-largest, vmax=largest)  # orange is negative, purple positive
-    left.set_title("att: scores of layer 0, head 0, masked")
+    left.set_title("att: scores of layer 0, head 0, masked", fontsize=11)
     draw_map(middle, probs, labels, rows=True, columns=True)
-    middle.set_title("probs = softmax(att): each row sums to 1")
+    middle.set_title("probs = softmax(att): each row sums to 1", fontsize=11)
     for axes, values in ((left, att), (middle, probs)):
         axes.set_xlabel("key")
         axes.set_ylabel("query")
@@ -271,7 +274,7 @@ def draw_mask(subject: Subject) -> "Figure":
     right.imshow(kind, cmap="Blues", vmin=0, vmax=3, interpolation="nearest")
     right.set_xticks(np.arange(0, T + 1, T // 4))
     right.set_yticks(np.arange(0, T + 1, T // 4))
-    right.set_title(f"T = {T}: {np.count_nonzero(kind) / T**2:.1%} of the scores are computed")
+    right.set_title(f"T = {T}: {np.count_nonzero(kind) / T**2:.1%} of the scores are computed", fontsize=11)
     right.set_xlabel("key")
     right.set_ylabel("query")
     for (x, y), text in {(0.3, 0.3): "used", (0.75, 0.25): "never computed"}.items():
@@ -424,6 +427,7 @@ def draw_grad_norm(subject: Subject) -> "Figure":
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("step")
     axes.set_ylabel("norm of the gradient")
+    axes.set_title("How long is the whole gradient, and when is it clipped?", fontsize=11)
     axes.legend()
     axes.grid(alpha=0.3)
     return figure
@@ -547,7 +551,7 @@ def draw_embedding(subject: Subject) -> "Figure":
     share = sizes**2 / (sizes**2).sum()
     width, height = 8, 6.5
     spread = np.ptp(points, axis=0) + 1e-12
-    places = spread_labels(points / spread * (width, height), distance=0.19) / (width, height) * spread
+    places = spread_labels(points / spread * (width, height), distance=0.23) / (width, height) * spread
     figure = new_figure(width, height)
     axes = figure.subplots()
     axes.plot(*np.stack([points, places], axis=1).transpose(2, 1, 0), color="0.75", linewidth=0.7)

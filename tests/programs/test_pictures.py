@@ -84,8 +84,8 @@ def test_an_imported_run_shows_what_it_knows_and_no_training(tmp_path: Path, cap
     assert capsys.readouterr().err.splitlines() == [
         "without gradients.png: the run's beginning cannot be made again: its weights were imported",
         "without first_steps.png: the run's beginning cannot be made again: its weights were imported",
-        "without newton_schulz.png: the run's beginning cannot be made again: its weights were imported",
         "without grad_norm.png: metrics.jsonl has no gradients yet",
+        "without newton_schulz.png: the run's beginning cannot be made again: its weights were imported",
     ]
 
     assert resume("numpy", imported, data=text, max_steps=12, batch_size=4, grad_accum=1, log_interval=1) == 0
