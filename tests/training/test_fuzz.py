@@ -171,14 +171,15 @@ def tensor_mutation(draw: st.DrawFn) -> Callable[[bytes], bytes]:
             return content[: 8 + length] + numbers.tobytes()
         if kind == "header":
             header = header_mutation(header)
+        elif kind == "metadata":  # as text, for what comes of it may be no JSON
+            metadata = json.dumps(json.loads(header)["__metadata__"]).encode()
+            header = header.replace(metadata, header_mutation(metadata))
         else:
             entries: Fields = json.loads(header)
             metadata = entries["__metadata__"]
             target = sorted(entries.keys() - {"__metadata__"})[which % (len(entries) - 1)]
             if kind in ("state", "config"):
                 metadata[kind] = header_mutation(metadata[kind].encode()).decode("utf-8", "replace")
-            elif kind == "metadata":
-                entries["__metadata__"] = json.loads(header_mutation(json.dumps(metadata).encode()))
             elif kind == "rename":
                 entries[name] = entries.pop(target)
             elif kind == "extra":
