@@ -124,8 +124,8 @@ def resume_run(folder: Path, flags: Flags, engine: str, memory: MemoryUse | None
             f"{corpus.name} is not the corpus of {folder}: its SHA-256 is {corpus.sha256}, not "
             f"{shorten(config.corpus_sha256)}"
         )
-    run = assemble(folder, engine, model, training, tokenizer, corpus, memory)
     checkpoint = load_last(folder, model, training)
+    run = assemble(folder, engine, model, training, tokenizer, corpus, memory)
     state = checkpoint.state if checkpoint else State()
     metrics = metrics_until(read_metrics(folder / METRICS), state.step)
     evaluated = any(line["step"] == state.step and line["protocol"] == "full" for line in metrics)

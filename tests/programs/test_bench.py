@@ -166,7 +166,8 @@ def test_every_contender_takes_turns_with_the_plain_loop(small_gpu_bench: Path, 
     assert list(table) == ["", *(f"tiny: {name}" for name in names)]
     for name in table.keys() - {""}:
         ms, tokens_per_s = (float(cell.replace(",", "")) for cell in table[name][:2])
-        assert 4 * 16 * 1000 / tokens_per_s == pytest.approx(ms, abs=0.006), "of B 4 and T 16, in hundredths"
+        rounded = 0.006 + 0.6 * ms / tokens_per_s  # the time to hundredths, and the tokens, which are few here, to one
+        assert 4 * 16 * 1000 / tokens_per_s == pytest.approx(ms, abs=rounded), "of B 4 and T 16"
         assert float(table[name][2].split()[0]) > 0
 
 
@@ -183,7 +184,7 @@ def test_a_contender_that_fails_or_falls_back_has_no_numbers(
     assert gpu.main(["--device", "cpu", "--presets", "tiny", "--rounds", "1", "--steps", "1", "--seeds", "0"]) == 0
     table = rows(capsys.readouterr().out)
     for dtype in ("float32", "bfloat16"):
-        assert table[f"tiny: compiled, {dtype}"][0].startswith("failed: UserError: it went on without")
+        assert table[f"tiny: compiled, {dtype}"][0].startswith("failed: UserError: it continued without")
         assert table[f"tiny: compiled, {dtype}"][1:] == [""] * 5
         assert float(table[f"tiny: eager, {dtype}"][0]) > 0
 
@@ -214,7 +215,7 @@ def test_the_recipe_ends_in_the_losses_of_train_torch(
 
 def test_a_recipe_that_lost_its_compiler_is_not_timed(small_gpu_bench: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu.TorchEngine, "train_step", fall_back_at_once(gpu.TorchEngine.train_step))
-    with pytest.raises(UserError, match="it went on without"):
+    with pytest.raises(UserError, match="it continued without"):
         gpu.train_recipe(gpu.Options(device="cpu", seeds=1), load_corpus(str(small_gpu_bench)))
 
 

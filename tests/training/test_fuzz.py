@@ -171,14 +171,15 @@ def tensor_mutation(draw: st.DrawFn) -> Callable[[bytes], bytes]:
             return content[: 8 + length] + numbers.tobytes()
         if kind == "header":
             header = header_mutation(header)
+        elif kind == "metadata":  # as text, for what comes of it may be no JSON
+            metadata = json.dumps(json.loads(header)["__metadata__"]).encode()
+            header = header.replace(metadata, header_mutation(metadata))
         else:
             entries: Fields = json.loads(header)
             metadata = entries["__metadata__"]
             target = sorted(entries.keys() - {"__metadata__"})[which % (len(entries) - 1)]
             if kind in ("state", "config"):
                 metadata[kind] = header_mutation(metadata[kind].encode()).decode("utf-8", "replace")
-            elif kind == "metadata":
-                entries["__metadata__"] = json.loads(header_mutation(json.dumps(metadata).encode()))
             elif kind == "rename":
                 entries[name] = entries.pop(target)
             elif kind == "extra":
@@ -320,7 +321,7 @@ def refused_in_one_line(program: Callable[[], int]) -> None:
         assert line.endswith("\n")
         assert line.count("\n") == 1, line
         assert len(line) < 2000
-        assert "memory" not in line, line
+        assert "not enough memory" not in line, line  # a refusal in advance is right, a failed allocation is not
 
 
 def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
@@ -343,7 +344,8 @@ def test_fuzzed_run_folders(saved: Path, mutation: tuple[str, Callable[[Path], N
         # What a sealed file says is what its author wants it to say. Otherwise it is what was saved.
         truth = run_dir if sealed else saved
         if (weights := sampled(run_dir)) is not None:
-            expected = load_file(truth / BEST)
+            best = os.path.lexists(run_dir / BEST)  # without it, the last one's weights are taken
+            expected = {name: a for name, a in load_file(truth / (BEST if best else LAST)).items() if name in weights}
             expected["wte.weight"] = expected["wte.weight"][: len(weights["wte.weight"])]  # fewer tokens, sealed
             assert same(weights, expected)
         if (checkpoint := resumed(run_dir)) is not None:
