@@ -33,7 +33,7 @@ from data.tokenizers import Tokenizer
 from numpygpt import GPT, GPTConfig, Params, check_sampling
 from training.batches import step_rng
 from training.parallel import tune_process
-from training.run import load_run, read_config
+from training.run import load_run, read_config, run_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -110,7 +110,8 @@ def write_samples(
     except ValueError as error:
         raise UserError(str(error)) from error
     config, weights, tokenizer = load_for_sampling(folder)
-    special = tokenizer.special_tokens if special_tokens or read_config(folder).training.special_tokens else ()
+    learned = read_config(run_folder(folder)).training.special_tokens
+    special = tokenizer.special_tokens if special_tokens or learned else ()
     ids = tokenizer.encode(prompt, allowed_special=special) if prompt else first_ids(tokenizer)
     for number in range(num_samples):
         if num_samples > 1:
