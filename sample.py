@@ -33,7 +33,7 @@ from data.tokenizers import Tokenizer
 from numpygpt import GPT, GPTConfig, Params, check_sampling
 from training.batches import step_rng
 from training.parallel import tune_process
-from training.run import load_run, read_config, run_folder
+from training.run import folder_of, load_run, read_config
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -110,8 +110,8 @@ def write_samples(
     except ValueError as error:
         raise UserError(str(error)) from error
     config, weights, tokenizer = load_for_sampling(folder)
-    learned = read_config(run_folder(folder)).training.special_tokens
-    special = tokenizer.special_tokens if special_tokens or learned else ()
+    special_tokens = special_tokens or read_config(folder_of(folder)).training.special_tokens
+    special = tokenizer.special_tokens if special_tokens else ()
     ids = tokenizer.encode(prompt, allowed_special=special) if prompt else first_ids(tokenizer)
     for number in range(num_samples):
         if num_samples > 1:

@@ -325,7 +325,7 @@ class Muon(torch.optim.Optimizer):
         self.found_inf: Tensor | None = None
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closure that returns a loss
         """One update of all parameters from their .grad. Matrices of one shape are orthogonalised together.
 
         Where found_inf is 1, nothing changes, as in PyTorch's fused optimizers: so a GPU can skip an update by itself.

@@ -99,7 +99,8 @@ class NumpyEngine(Engine):
         return self.gpt.num_params()
 
     def save(self) -> Snapshot:
-        return Snapshot(self.gpt.params, self.optimizer.m | (self.muon.m if self.muon else {}), self.optimizer.v)
+        m = self.optimizer.m | (self.muon.m if self.muon else {})
+        return Snapshot(self.gpt.params, {name: m[name] for name in self.gpt.params}, self.optimizer.v)
 
     def load(self, snapshot: Snapshot, step: int) -> None:
         mine = self.save()

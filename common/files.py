@@ -120,19 +120,22 @@ def read_bytes(path: str | os.PathLike, expected: str, *, max_bytes: int | None 
     Raises UserError as open_regular does, or if it has more than `max_bytes`, or if it is only the pointer that Git LFS
     leaves instead of a large file.
     """
+    too_large = f"{path} has more than {max_bytes or 0:,} bytes: expected {expected}"
     with open_regular(path, expected) as file:
         try:
             if max_bytes is None:
                 content = file.read()
             else:  # read(n) sets n bytes aside, however few there are
-                size = min(os.fstat(file.fileno()).st_size, max_bytes)
+                size = os.fstat(file.fileno()).st_size
+                if size > max_bytes:
+                    raise UserError(too_large)
                 content = file.read(size + 1)
                 if len(content) > size:  # it grew meanwhile, or is one of /proc's, which have no size
                     content += file.read(max_bytes - size)
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     if max_bytes is not None and len(content) > max_bytes:
-        raise UserError(f"{path} has more than {max_bytes:,} bytes: expected {expected}")
+        raise UserError(too_large)
     if content.startswith(LFS_POINTER):
         raise UserError(f"{path} is a Git LFS pointer, not the file itself: fetch that with git lfs pull")
     return content

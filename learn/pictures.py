@@ -25,7 +25,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, SupportsInt, cast
 
 from common.startup import prepare_imports
 
@@ -89,9 +89,9 @@ class Subject:
     trace: Trace  # of the model on ids[:-1], with the targets ids[1:]
     left_out: dict[str, str]  # {picture: why it cannot be drawn}
 
-    def labels(self, ids: np.ndarray) -> list[str]:
+    def labels(self, ids: Iterable[SupportsInt]) -> list[str]:
         """What the tokens stand for, with white space made visible."""
-        return [visible(self.tokenizer.decode([token])) for token in ids]
+        return [visible(self.tokenizer.decode([int(token)])) for token in ids]
 
 
 def visible(text: str) -> str:
@@ -176,7 +176,7 @@ def draw_attention(subject: Subject) -> "Figure":
         for head, probs in enumerate(subject.trace.forward[f"h.{i}.attn.probs"][0])
     }
     figure = new_figure(11, 4.6 + 6 * L / nh)
-    above, below = figure.subfigures(2, 1, height_ratios=[4.6, 6 * L / nh])
+    above, below = cast(np.ndarray, figure.subfigures(2, 1, height_ratios=[4.6, 6 * L / nh]))
     chosen = remarkable_heads(maps, labels)
     for axes, ((i, head), remark) in zip(above.subplots(1, len(chosen), squeeze=False)[0], chosen.items(), strict=True):
         image = draw_map(axes, maps[i, head], labels, rows=True, columns=True)
@@ -258,7 +258,7 @@ def draw_mask(subject: Subject) -> "Figure":
         axes.tick_params(length=0)
         for t, s in np.ndindex(n, n):
             value = values[t, s]
-            seen_text = f"{value:.2f}" if axes is middle else f"{round(value, 1) + 0.0:.1f}"  # 0.0, not -0.0
+            seen_text = f"{value:.2f}" if axes is middle else f"{round(float(value), 1) + 0.0:.1f}"  # 0.0, not -0.0
             text = seen_text if s <= t else "0" if axes is middle else "-∞"
             dark = s <= t and abs(value) > (0.35 if axes is middle else 0.6 * largest)
             axes.text(s, t, text, ha="center", va="center", fontsize=8, color="white" if dark else "black")

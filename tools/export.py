@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from common.startup import prepare_imports
 
@@ -276,7 +276,7 @@ def to_onnx(run: Path, file: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    command = FromHF | FromNanogpt | ToHF | ToOnnx | Info
+    command: Any = FromHF | FromNanogpt | ToHF | ToOnnx | Info  # mypy has no type for a union that is a value
     match parse(command, "python -m tools.export", argv, description=__doc__.split("\n")[0]):
         case FromHF(source, run, tokenizer):
             from_hf(source, run, tokenizer)

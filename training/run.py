@@ -218,21 +218,20 @@ def assemble(
 def load_run(run: Path) -> tuple[GPTConfig, Params, Tokenizer]:
     """Model, weights and tokenizer of a run's best checkpoint, or of its last if none was best yet; or of the one whose
     .safetensors file is given. A trainer may be at work on it. Raises UserError."""
-    folder = run_folder(run)
+    folder = folder_of(run)
     config = read_config(folder).model
     tokenizer = load(folder / TOKENIZER)
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(
             f"{folder / TOKENIZER} has {tokenizer.vocab_size} tokens, more than the model's {config.vocab_size}"
         )
-    kept = [path for name in (BEST, LAST) if os.path.lexists(path := folder / name)]
-    candidates = kept if folder == run else [run]
+    candidates = [run] if folder != run else [path for name in (BEST, LAST) if os.path.lexists(path := folder / name)]
     if not candidates:
         raise UserError(f"{folder} has no checkpoint yet: it is saved at the first evaluation")
     return config, load_weights(candidates[0], config), tokenizer
 
 
-def run_folder(run: Path) -> Path:
+def folder_of(run: Path) -> Path:
     """The folder of a run that is named by it, or by one of its .safetensors files."""
     return run.parent if run.suffix == ".safetensors" and not run.is_dir() else run
 

@@ -15,7 +15,7 @@ import pytest
 import sympy
 
 import numpygpt
-from numpygpt import GPT, AdamW, GPTConfig
+from numpygpt import GPT, AdamW, GPTConfig, Muon, orthogonalize
 from tests.helpers import ROOT, central_difference, random_weights
 
 PAGE = (ROOT / "docs" / "derivations.md").read_text(encoding="utf-8")
@@ -522,3 +522,85 @@ def test_adamw() -> None:
             assert close(params[name], expected[name])
             if t == 1:
                 assert close(update, lr * np.sign(grads[name]), 1e-6)
+
+
+def test_orthogonalize() -> None:
+    # the steepest descent under the spectral norm
+    g = draw(4, 6)
+    U, s, Vt = np.linalg.svd(g, full_matrices=False)
+    assert close((g * -(U @ Vt)).sum(), -s.sum())
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        update = rng.standard_normal(g.shape) - rng.uniform(0, 3) * U @ Vt
+        assert (g * update).sum() >= -s.sum() * np.linalg.norm(update, 2)
+
+    # a polynomial of each singular value
+    x = g / np.linalg.norm(g)
+    a, b, c = 3.4445, -4.7750, 2.0315
+    sigma = sympy.Symbol("s", positive=True)
+    p = a * sigma + b * sigma**3 + c * sigma**5
+    once = a * x + b * (x @ x.T) @ x + c * (x @ x.T) @ (x @ x.T) @ x
+    polynomial = sympy.lambdify(sigma, p)
+    assert close(once, (U * polynomial(s / np.linalg.norm(s))) @ Vt)
+    assert close(orthogonalize(g, 1), once)
+    assert close(orthogonalize(3 * g, 1), once)
+    repeated = s / np.linalg.norm(s)
+    for _ in range(5):
+        repeated = polynomial(repeated)
+    assert close(orthogonalize(g), (U * repeated) @ Vt)
+
+    # its slope at 0, its flat places, its fixed point, its band
+    assert p.diff(sigma).subs(sigma, 0) == a
+    assert round(a**5) == 485
+    assert round(1.5**5, 1) == 7.6
+    flat = sorted(float(root) for root in sympy.Poly(p.diff(sigma)).nroots() if root > 0)
+    assert [round(place, 4) for place in flat] == [0.5545, 1.0501]
+    highest, lowest = polynomial(np.array(flat))
+    assert (round(highest, 4), round(lowest, 4)) == (1.2024, 0.6818)
+    below, inside = np.linspace(0, highest, 10_001), np.linspace(lowest, highest, 10_001)
+    assert polynomial(below).max() <= highest
+    assert polynomial(inside).min() >= lowest
+    fixed = float(sympy.nsolve(p - sigma, 0.87))
+    assert round(fixed, 4) == 0.8680
+    assert round(float(p.diff(sigma).subs(sigma, fixed)), 1) == -1.6
+    after = np.linspace(0.0016, 1, 10_001)
+    small = np.linspace(1e-9, 0.0016, 1001)
+    for _ in range(5):
+        after, small = polynomial(after), polynomial(small)
+    assert lowest <= after.min()
+    assert after.max() <= highest
+    assert (small <= 485 * np.linspace(1e-9, 0.0016, 1001)).all()
+
+
+def test_muon() -> None:
+    momentum, decay, lr = 0.9, 0.1, 0.05
+    start = {"tall": draw(6, 3), "wide": draw(3, 6)}
+    history = [{name: draw(t + 2, *value.shape)[t] for name, value in start.items()} for t in range(10)]
+    params = {name: value.copy() for name, value in start.items()}
+    optimizer = Muon(params, momentum=momentum, weight_decay=decay)
+    expected = {name: value.copy() for name, value in start.items()}
+    for t, grads in enumerate(history):
+        optimizer.step(grads, lr)
+        for name, param in expected.items():
+            m = sum((1 - momentum) * momentum ** (t - s) * history[s][name] for s in range(t + 1))
+            u = momentum * m + (1 - momentum) * grads[name]
+            rows, columns = param.shape
+            update = lr * math.sqrt(max(1, rows / columns)) * orthogonalize(u)
+            expected[name] = (1 - lr * decay) * param - update
+            assert close(optimizer.m[name], m)
+            assert close(params[name], expected[name])
+
+    # an entry of the output moves by about lr times an entry of the input, whatever the shape
+    rng = np.random.default_rng(0)
+    for rows, columns in ((512, 128), (128, 128), (128, 512)):
+        U, _, Vt = np.linalg.svd(rng.standard_normal((rows, columns)), full_matrices=False)
+        x = rng.standard_normal((columns, 100))
+        moved = math.sqrt(max(1, rows / columns)) * (U @ Vt) @ x
+        assert np.sqrt(np.mean(moved**2)) == pytest.approx(1, abs=0.05)
+
+    # weights pushed in one direction for ever stay below the bound
+    params = {"tall": np.zeros((6, 3))}
+    optimizer = Muon(params, weight_decay=decay)
+    for _ in range(2000):
+        optimizer.step({"tall": history[0]["tall"]}, lr)
+    assert 6 < np.linalg.norm(params["tall"], 2) / math.sqrt(2) < 12.1

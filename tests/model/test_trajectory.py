@@ -158,7 +158,8 @@ def compare_states(what: str, ours: object, theirs: object, meaning: str) -> Non
 
 
 @of_each_text
-def test_trajectory_parity_float64(text: str) -> None:
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_trajectory_parity_float64(optimizer: str, text: str) -> None:
     """200 steps with warm-up, cosine, clipping, decay and accumulation, from one seed: the loss at every step, and in
     the end weights, m and v.
 
@@ -166,7 +167,7 @@ def test_trajectory_parity_float64(text: str) -> None:
     clipping above, and of the schedule in test_semantics.
     """
     tokens, V = tokens_of(text)
-    config, training = GPTConfig(V, dropout=0.0, **MODEL), train_config(**RECIPE)
+    config, training = GPTConfig(V, dropout=0.0, **MODEL), train_config(**RECIPE, optimizer=optimizer)
     ours, theirs = trainers(config, training)
     norms, losses = [], []
     for step, micro_batches, lr in recipe(tokens, training, 200):

@@ -56,10 +56,14 @@ def losses(folder: Path) -> list[float]:
 
 
 # Measured for float32 over these steps: 2.0e-7.
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-12), ("float32", 2e-6)])
-def test_two_processes_learn_what_one_does(dtype: str, tolerance: float, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "optimizer", "tolerance"),
+    [("float64", "adamw", 1e-12), ("float32", "adamw", 2e-6), ("float64", "muon", 1e-12)],
+)
+def test_two_processes_learn_what_one_does(dtype: str, optimizer: str, tolerance: float, tmp_path: Path) -> None:
     """One batch cut among processes, unevenly and in micro-batches, is still one batch: same losses at every step."""
     flags = ["--max-steps", "12", "--batch-size", "7", "--learning-rate", "3e-3", "--dtype", dtype]
+    flags += ["--optimizer", optimizer]
     alone = run([sys.executable, "train_torch.py", *TINY, *flags, "--run-dir", str(tmp_path / "one")])
     assert alone.returncode == 0, alone.stderr
     together = run(torchrun(2, *flags, "--grad-accum", "2", "--run-dir", str(tmp_path / "two")))
@@ -201,9 +205,10 @@ def test_the_full_model_without_a_gpu_names_the_small_one(capsys: pytest.Capture
     assert "no GPU" not in capsys.readouterr().out
 
 
-def test_a_step_that_nobody_looked_at_changes_nothing_once_it_is_not_finite() -> None:
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_step_that_nobody_looked_at_changes_nothing_once_it_is_not_finite(optimizer: str) -> None:
     """On a GPU the numbers are read late. Until then the kernel must leave weights, moments and count alone."""
-    engine = TorchEngine(MODEL, TRAINING, CPU)
+    engine = TorchEngine(MODEL, dataclasses.replace(TRAINING, optimizer=optimizer), CPU)
     engine.lazy = True
     engine.train_step(0, [batch(0)], 1e-2)
     engine.check()
@@ -388,11 +393,12 @@ def unrecordable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "graph", fail)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_graph_that_fails_ends_the_run_with_the_flag_to_leave_out(
-    unrecordable: None, monkeypatch: pytest.MonkeyPatch
+    optimizer: str, unrecordable: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And what was run to warm up is undone."""
-    engine = TorchEngine(MODEL, TRAINING, CPU)
+    engine = TorchEngine(MODEL, dataclasses.replace(TRAINING, optimizer=optimizer), CPU)
     engine.update = RecordedStep(engine.update_once, engine.optimizers, [engine.broken])
     before = {name: array.copy() for name, array in engine.save().weights.items()}
     with pytest.raises(
@@ -540,6 +546,12 @@ def test_the_memory_that_a_process_needs_and_has(monkeypatch: pytest.MonkeyPatch
     assert fits(10, grad_accum=120)
     assert not fits(12, attention="explicit")
     assert fits(7, dtype="bfloat16")
+    matrices = 12 * 12 * 768**2
+    adamw, muon = (
+        memory.memory_needed(model, dataclasses.replace(training, optimizer=optimizer), memory_use(CPU, 1))
+        for optimizer in ("adamw", "muon")
+    )
+    assert adamw - muon == 4 * matrices, "no second moments of the matrices inside blocks"
     assert not fits(20, dtype="float64")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert fits(28, processes=4), "each of them a quarter of the batch, and of the memory"
@@ -617,9 +629,10 @@ def test_the_command_line_on_a_gpu_captures_compiles_and_learns(tmp_path: Path) 
 
 
 @needs_gpu
-def test_a_recorded_step_does_what_the_plain_one_does() -> None:
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_recorded_step_does_what_the_plain_one_does(optimizer: str) -> None:
     """A CUDA graph replays the very step: same losses, and warming it up leaves no trace in weights or moments."""
-    training = dataclasses.replace(TRAINING, dtype="float32")
+    training = dataclasses.replace(TRAINING, dtype="float32", optimizer=optimizer)
     model = dataclasses.replace(MODEL, dropout=0.0)
     flags = DeviceFlags("cuda", pad_vocab=True)
     engines = [TorchEngine(model, training, f) for f in (flags, dataclasses.replace(flags, graph=True))]
@@ -663,10 +676,11 @@ def test_a_recorded_run_that_is_resumed_is_the_run() -> None:
 
 
 @needs_gpu
-def test_a_recorded_step_that_is_not_finite_changes_nothing() -> None:
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_recorded_step_that_is_not_finite_changes_nothing(optimizer: str) -> None:
     """Nor does any after it; and who looks later learns which it was."""
     flags = DeviceFlags("cuda", graph=True, pad_vocab=True)
-    engine = TorchEngine(MODEL, dataclasses.replace(TRAINING, dtype="float32"), flags)
+    engine = TorchEngine(MODEL, dataclasses.replace(TRAINING, dtype="float32", optimizer=optimizer), flags)
     engine.train_step(0, [batch(0)], 1e-2)
     engine.check()
     with torch.no_grad():

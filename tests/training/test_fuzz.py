@@ -444,6 +444,7 @@ FAULTS = {
     "huge file": (LAST, replace(huge), "1,099,511,627,776 bytes, more than"),
     "pipe": (LAST, replace(UNUSUAL_FILES["pipe"]), "not a regular file" if hasattr(os, "mkfifo") else "is a folder"),
     "folder": (LAST, replace(UNUSUAL_FILES["folder"]), "is a folder"),
+    "huge metrics": ("metrics.jsonl", replace(huge), "has more than 1,073,741,824 bytes"),
     "device": ("tokenizer.json", replace(UNUSUAL_FILES["endless"]), "not a regular file"),
     "pipe of metrics": (
         "metrics.jsonl",

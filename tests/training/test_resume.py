@@ -18,6 +18,7 @@ import sample
 import train_numpy
 import training.loop
 from common.errors import UserError
+from numpygpt import split_params
 from tests.runs import (
     ENGINES,
     ROOT,
@@ -75,13 +76,13 @@ def crash() -> None:
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(("dtype", "optimizer"), [("float32", "adamw"), ("float64", "adamw"), ("float32", "muon")])
 @pytest.mark.parametrize("engine", ENGINES)
 def test_stopped_anywhere_and_resumed_is_never_stopped(
-    engine: str, dtype: str, text: Path, tmp_path: Path, at_step: Callable
+    engine: str, dtype: str, optimizer: str, text: Path, tmp_path: Path, at_step: Callable
 ) -> None:
     """Mid-warm-up (1, 2), at estimates (4, 8) and evaluations (5, 10), in between; and after every step in turn."""
-    flags = EVERYTHING_ON | {"dtype": dtype}
+    flags = EVERYTHING_ON | {"dtype": dtype, "optimizer": optimizer}
     assert start(engine, text, tmp_path / "whole", **flags) == 0
     whole = content(tmp_path / "whole")
     assert whole["tensors"].keys() == {"last.safetensors", "best.safetensors"}
@@ -118,8 +119,9 @@ def test_a_run_that_crashes_goes_back_to_its_checkpoint(
     assert content(tmp_path / "run") == content(tmp_path / "whole")
 
 
-def test_across_engines_and_back(text: Path, tmp_path: Path, at_step: Callable) -> None:
-    flags = {"dtype": "float64", "grad_accum": 4}
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_across_engines_and_back(optimizer: str, text: Path, tmp_path: Path, at_step: Callable) -> None:
+    flags = {"dtype": "float64", "grad_accum": 4, "optimizer": optimizer}
     assert start("numpy", text, tmp_path / "whole", **flags) == 0
     for first, second in (ENGINES, ENGINES[::-1]):
         run_dir = tmp_path / first
@@ -173,6 +175,25 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
+def test_the_moments_in_a_checkpoint_are_those_of_its_optimizer(
+    finished: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Muon's matrices have one, everything else has two; whoever changes config.json by hand is told."""
+    assert start("torch", text, tmp_path / "muon", optimizer="muon") == 0
+    names = {name for name in load_file(tmp_path / "muon" / "last.safetensors") if name[:2] == "v."}
+    without = {f"v.{name}" for name in split_params(load_file(tmp_path / "muon" / "best.safetensors"))[0]}
+    assert names.isdisjoint(without)
+    assert names | without == {name for name in load_file(finished / "last.safetensors") if name[:2] == "v."}
+
+    shutil.copytree(finished, tmp_path / "adamw")
+    for folder, other, fault in (("adamw", "muon", "not of this model"), ("muon", "adamw", "missing")):
+        config = tmp_path / folder / "config.json"
+        config.write_text(config.read_text().replace(f'"optimizer": "{folder}"', f'"optimizer": "{other}"'))
+        line = refused(lambda folder=folder: resume("numpy", tmp_path / folder), capsys)[1]
+        assert "v.h.0.attn.c_attn.weight" in line
+        assert fault in line
+
+
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
@@ -186,6 +207,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"bpe_vocab_size": 300}, "bpe_vocab_size"),
         ({"batch_size": 7}, "batch_size"),
         ({"seed": 2}, "seed"),
+        ({"optimizer": "muon"}, "optimizer"),
         ({"dtype": "float64"}, "dtype"),
         ({"data": "verse"}, "verse is not the corpus of"),
         ({"max_steps": STEPS - 1}, f"max_steps must be at least the {STEPS} steps"),

@@ -24,7 +24,7 @@ from train_numpy import NumpyEngine
 from train_torch import TorchEngine
 from training import loop
 from training.batches import Batches, random_batch, split, step_rng
-from training.config import PRESETS, Flags, ModelFlags, RunFlags, TrainConfig, learning_rate
+from training.config import PRESETS, Flags, ModelFlags, RunFlags, TrainConfig, learning_rate, muon_learning_rate
 from training.evaluate import bits_per_char, consecutive_windows, estimate, evaluate
 from training.metrics import MetricsWriter, draw_losses, metrics_until, read_metrics, write_metrics
 
@@ -87,6 +87,9 @@ def test_presets_are_the_documented_models() -> None:
         ("log_interval", 0),
         ("seed", -1),
         ("dtype", "float16"),
+        ("optimizer", "sgd"),
+        ("muon_learning_rate", -1e-3),
+        ("muon_weight_decay", math.nan),
         ("data", ""),
         ("tokenizer", None),
         ("bpe_vocab_size", 0),
@@ -131,6 +134,14 @@ def test_learning_rate_at_the_documented_steps() -> None:
     assert learning_rate(55, config) == pytest.approx(0.55)
     assert learning_rate(99, config) > 0.1
     assert learning_rate(100, config) == learning_rate(10**6, config) == 0.1
+
+
+def test_the_rate_of_muon_follows_that_of_adamw() -> None:
+    config = dataclasses.replace(TRAINING, optimizer="muon", learning_rate=5e-3, muon_learning_rate=0.02)
+    for lr in (5e-3, 1e-3, 0.0):
+        assert muon_learning_rate(lr, config) == pytest.approx(4 * lr, rel=1e-15)
+    with pytest.raises(ValueError, match="learning_rate must be above 0, as the rate of muon follows it"):
+        dataclasses.replace(config, learning_rate=0.0, min_lr=0.0)
 
 
 def test_learning_rate_of_odd_schedules() -> None:
@@ -279,13 +290,15 @@ def test_bits_per_char() -> None:
 # The engines
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("kind", ENGINES)
-def test_accumulation_equals_the_large_batch(kind: str) -> None:
+def test_accumulation_equals_the_large_batch(kind: str, optimizer: str) -> None:
+    training = dataclasses.replace(TRAINING, optimizer=optimizer)
     rng = np.random.default_rng(5)
     idx, targets = rng.integers(MODEL.vocab_size, size=(2, 7, 8))
     results = {}
     for parts in (1, 2, 3, 7):  # 7 sequences: 4 + 3, 3 + 2 + 2, ...
-        engine = make_engine(kind)
+        engine = make_engine(kind, training=training)
         steps = [engine.train_step(step, split((idx, targets), parts), 1e-2) for step in range(3)]
         results[parts] = (np.array(steps, float), engine.save().weights)
     for parts in (2, 3, 7):
@@ -311,11 +324,30 @@ def test_dropout_is_addressed_by_the_step_and_off_in_evaluation(kind: str) -> No
     assert make_engine(kind, model).loss(*batch) == make_engine(kind).loss(*batch)
 
 
+def test_threads_share_muons_matrices_and_make_the_same_updates() -> None:
+    """To the last bit, for any number of threads; 8 matrices here."""
+    training = dataclasses.replace(TRAINING, optimizer="muon")
+    batch = tuple(np.random.default_rng(5).integers(MODEL.vocab_size, size=(2, 4, 8)))
+    grads = make_engine("numpy", training=training).loss_and_grads(0, [batch])[1]
+    results = {}
+    for threads in (1, 2, 3, 20):
+        engine = NumpyEngine(MODEL, training, threads)
+        for _ in range(3):
+            engine.update(grads, 1e-2)
+        results[threads] = engine.save()
+    assert len(results[1].m) == len(results[1].weights)
+    for threads in (2, 3, 20):
+        for part, whole in zip(vars(results[threads]).values(), vars(results[1]).values(), strict=True):
+            assert part.keys() == whole.keys()
+            assert all(np.array_equal(part[name], whole[name]) for name in whole), f"{threads} threads"
+
+
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("kind", ENGINES)
 @pytest.mark.parametrize("broken", ["h.1.mlp.c_fc.weight", "wte.weight"])
-def test_numbers_that_are_not_finite_stop_before_the_update(kind: str, broken: str) -> None:
-    engine = make_engine(kind)
+def test_numbers_that_are_not_finite_stop_before_the_update(kind: str, broken: str, optimizer: str) -> None:
+    engine = make_engine(kind, training=dataclasses.replace(TRAINING, optimizer=optimizer))
     batch = tuple(np.random.default_rng(5).integers(MODEL.vocab_size, size=(2, 4, 8)))
     engine.train_step(0, [batch], 1e-3)
     saved = engine.save()
@@ -381,11 +413,12 @@ def test_bfloat16_is_for_training_and_not_for_evaluation() -> None:
     assert losses["float32"] == pytest.approx(losses["float64"], rel=1e-6)
 
 
-def test_200_steps_of_both_engines_are_one_curve(tmp_path: Path) -> None:
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_200_steps_of_both_engines_are_one_curve(optimizer: str, tmp_path: Path) -> None:
     """The same batches, rates, clipping and evaluations from one seed: float64 losses equal to 1e-9 at every step."""
     text = write_text(tmp_path, 20_000)
     flags = {"dtype": "float64", "max_steps": 200, "decay_steps": 200, "learning_rate": 3e-3, "warmup_steps": 20}
-    flags |= {"grad_accum": 2, "eval_interval": 100, "estimate_interval": 50}
+    flags |= {"grad_accum": 2, "eval_interval": 100, "estimate_interval": 50, "optimizer": optimizer}
     for kind in ENGINES:
         assert start(kind, text, tmp_path / kind, **flags) == 0
     of_numpy, of_torch = (measured(tmp_path / kind) for kind in ENGINES)
