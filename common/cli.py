@@ -106,9 +106,7 @@ def run_program(main: Callable[[], int]) -> int:
         status = 128 + signal.SIGINT
     try:
         print(end="", flush=True)
-    except (
-        OSError
-    ):  # what is still buffered would fail again when Python ends, which would then print an error of its own
+    except OSError:  # what is still buffered would fail again when Python ends, with a message of its own
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if message is not None:
         print(f"error: {message_line(message)}", file=sys.stderr)
