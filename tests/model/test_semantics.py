@@ -413,7 +413,6 @@ def test_exactly_the_matrices_decay_in_the_torch_trainer() -> None:
 
     flags = train_torch.DeviceFlags("cpu", compile=False, graph=False, pad_vocab=False)
     engine = train_torch.TorchEngine(CONFIG, train_config(weight_decay=0.5), flags)
-    assert set(engine.decayed) == DECAYED
     before = {name: param.detach().clone() for name, param in engine.gpt.named_parameters()}
     for param in engine.gpt.parameters():
         param.data.add_(1)

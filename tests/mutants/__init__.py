@@ -9,7 +9,10 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import product
 from types import ModuleType
+
+import pytest
 
 from tests.helpers import ROOT
 
@@ -90,12 +93,29 @@ def find_check(test: str) -> Callable[[], object]:
     function = getattr(module, name, None)
     if function is None:
         raise ValueError(f"no test {test}")
-    keywords = {}
-    for mark in getattr(function, "pytestmark", []):
-        if mark.name == "parametrize":
-            argument, values = mark.args
-            if parameter not in map(str, values):
-                raise ValueError(f"no test {test}: {argument} is one of {', '.join(map(str, values))}")
-            keywords[argument] = next(value for value in values if str(value) == parameter)
+    marks = [mark for mark in getattr(function, "pytestmark", []) if mark.name == "parametrize"]
+    cases = {"-".join(ids): values for ids, values in map(joined, product(*map(named_cases, marks)))}
+    if parameter not in cases:
+        raise ValueError(f"no test {test}: the parameter is one of {', '.join(cases)}")
     check = getattr(function, "quick", function)
-    return lambda: check(**keywords)
+    return lambda: check(**cases[parameter])
+
+
+def named_cases(mark: pytest.Mark) -> Iterator[tuple[str, dict[str, object]]]:
+    """(id, keywords) of each case of a parametrize mark, the id as pytest makes it."""
+    names = mark.args[0].split(",") if isinstance(mark.args[0], str) else list(mark.args[0])
+    names = [name.strip() for name in names]
+    ids = mark.kwargs.get("ids")
+    given = list(ids) if ids is not None and not callable(ids) else None
+    for place, case in enumerate(mark.args[1]):
+        values = tuple(case) if len(names) > 1 else (case,)
+        named = "-".join(ids(value) if callable(ids) else getattr(value, "__name__", str(value)) for value in values)
+        yield given[place] if given else named, dict(zip(names, values, strict=True))
+
+
+def joined(cases: tuple[tuple[str, dict[str, object]], ...]) -> tuple[list[str], dict[str, object]]:
+    """The ids and the keywords of several marks together."""
+    keywords: dict[str, object] = {}
+    for _, values in cases:
+        keywords |= values
+    return [name for name, _ in cases], keywords

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 from threadpoolctl import threadpool_limits
 
-import train_numpy
 import training.evaluate
+import training.loop
 from data import verse
 from data.corpus import load_corpus
 from data.tokenizers import load
@@ -97,8 +97,8 @@ def test_a_model_that_has_seen_the_answers_is_found_out(tmp_path: Path, monkeypa
         windows = tokens[starts[:, None] + np.arange(1, T + 1)].astype(np.int64)
         return windows, windows
 
-    monkeypatch.setattr(train_numpy, "read_windows", unshifted)
-    monkeypatch.setattr(training.evaluate, "read_windows", unshifted)
+    monkeypatch.setattr(training.loop, "gather", unshifted)
+    monkeypatch.setattr(training.evaluate, "gather", unshifted)
     measured = trained(tmp_path / "run", max_steps=60, eval_interval=60)
     assert not measured.is_possible
 
