@@ -102,7 +102,7 @@ function heatmap(role, name, found) {
   const top = columnLabels.map((label) => `<th scope="col">${escape(label)}</th>`).join("");
   const tables = range(shape.length === 3 ? shape[0] : 1).map((head) => {
     const row = (label, i) => `<tr><th>${escape(label)}</th>${columnLabels.map((_, j) => cell(head, i, j)).join("")}</tr>`;
-    const corner = shape.length === 3 ? `head ${head}` : "";
+    const corner = shape.length < 3 ? "" : `head ${head}${/^d?(att|probs|scores)$/.test(role) ? " query↓ key→" : ""}`;
     return `<table><tr><th>${corner}</th>${top}</tr>${rowLabels.map(row).join("")}</table>`; // far faster than make()
   });
   const scale = exponent ? ` ×10<sup>${String(exponent).replace("-", "−")}</sup>` : "";
@@ -182,7 +182,8 @@ function choose(role, index) {
 
 /** A line of an explanation; each term of a sum with its sign's colour. */
 function show({ name, terms, times, text, value }) {
-  const term = (refs) => make("span", { className: `term ${product(refs) < 0 ? "negative" : "positive"}` },
+  const sign = (value) => (value === 0 ? "" : value < 0 ? "negative" : "positive");
+  const term = (refs) => make("span", { className: `term ${sign(product(refs))}` },
     make("small", {}, refs.map((ref) => ref.key).join(" · ")), refs.map((ref) => num(ref.value, 3)).join(" · "));
   const made = !terms ? [text] : terms.length ? terms.map(term) : ["nothing"];
   const factor = (terms && times !== 1) ? [`${num(times)} · (`, ")"] : ["", ""];

@@ -43,6 +43,8 @@ def two_layers() -> Subject:
     return config, weights, tokenizer, tokenizer.encode("banana s").astype(np.int64)
 
 
+SLOWEST_MS = 300_000  # on a machine that has much else to do
+
 SUBJECTS = {
     "small": functools.cache(lambda: explorer.load_subject(None, None)),
     "two layers": functools.cache(two_layers),
@@ -52,7 +54,7 @@ SUBJECTS = {
 @pytest.fixture(scope="module")
 def browser() -> Iterator["sync_api.Browser"]:
     with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGS)
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGS, timeout=SLOWEST_MS)
         yield browser
         browser.close()
 
@@ -78,6 +80,7 @@ def page(subject_name: str, browser: "sync_api.Browser", tmp_path: Path) -> Iter
     file = tmp_path / "page.html"
     file.write_text(html(subject_name), encoding="utf-8")
     tab = browser.new_page(viewport=DESK)
+    tab.set_default_timeout(SLOWEST_MS)
     requests, complaints = [], []
     tab.on("request", lambda request: requests.append(request.url))
     tab.on("console", lambda message: complaints.append(message.text))
