@@ -2,6 +2,7 @@
 
 import io
 import json
+import mmap
 import os
 import secrets
 import stat
@@ -136,9 +137,14 @@ def read_bytes(path: str | os.PathLike, expected: str, *, max_bytes: int | None 
             raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     if max_bytes is not None and len(content) > max_bytes:
         raise UserError(too_large)
-    if content.startswith(LFS_POINTER):
-        raise UserError(f"{path} is a Git LFS pointer, not the file itself: fetch that with git lfs pull")
+    refuse_lfs_pointer(path, content)
     return content
+
+
+def refuse_lfs_pointer(path: str | os.PathLike, content: bytes | mmap.mmap) -> None:
+    """Raises UserError if this is what Git LFS leaves instead of a large file."""
+    if content[: len(LFS_POINTER)] == LFS_POINTER:
+        raise UserError(f"{path} is a Git LFS pointer, not the file itself: fetch that with git lfs pull")
 
 
 def read_json(path: Path, expected: str, *, max_bytes: int = MAX_JSON_BYTES) -> dict:

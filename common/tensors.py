@@ -20,7 +20,7 @@ from typing import BinaryIO
 import numpy as np
 
 from common.errors import UserError, printable
-from common.files import open_regular, parse_json
+from common.files import open_regular, parse_json, refuse_lfs_pointer
 
 # The numbers that are understood, and how their bytes lie. NumPy has no bfloat16: it is the upper half of a float32.
 DTYPES = {"F16": "<f2", "BF16": "<u2", "F32": "<f4", "F64": "<f8"}
@@ -103,8 +103,7 @@ def open_tensors(path: Path, expected: str, *, max_bytes: int | None = None, sea
 
 def read_header(path: Path, content: mmap.mmap | bytes) -> bytes:
     """The header as it stands in the file. Raises UserError if what the file begins with is no header's length."""
-    if content[:20] == b"version https://git-":
-        raise UserError(f"{path} is a Git LFS pointer, and not the file that it stands for: get that by git lfs pull")
+    refuse_lfs_pointer(path, content)
     length = int.from_bytes(content[:8], "little")
     if len(content) < 8 or length > len(content) - 8:
         raise UserError(f"{path}: is cut short: {len(content):,} bytes, with a header of {length:,}")
