@@ -67,13 +67,14 @@ class TrainConfig:
     max_steps: int  # how many updates to make
     batch_size: int  # sequences that one update learns from, all micro-batches together
     learning_rate: float  # peak rate, reached at the end of the warm-up
-    min_lr: float  # the rate that the cosine decay ends at
+    min_lr: float  # the rate that the decay ends at
     warmup_steps: int  # steps in which the rate rises linearly from 0 to the peak
     eval_interval: int  # steps between evaluations on the whole validation split, which decide what best.safetensors is
     data: str | None = None  # shakespeare_char, verse or a UTF-8 text file; None: shakespeare_char, else verse
     tokenizer: str = "char"  # char, bpe, gpt2, a tokenizer.json, or merges as in GPT-2's vocab.bpe
     bpe_vocab_size: int = 1024  # how many tokens the tokenizer "bpe" learns from the training split
     special_tokens: bool = False  # where the text holds a special token, as <|endoftext|>, read it as that token
+    schedule: Literal["cosine", "linear"] = "cosine"  # how the rate falls after the warm-up
     decay_steps: int | None = None  # the step at which the rate arrives at min_lr; None: max_steps
     grad_accum: int = 1  # micro-batches an update is computed in: less memory, same result
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices inside blocks, and AdamW for all others
@@ -121,6 +122,8 @@ class TrainConfig:
             raise ValueError(f"min_lr must be at most learning_rate {self.learning_rate}, got {self.min_lr}")
         if self.optimizer not in ("adamw", "muon"):
             raise ValueError(f"optimizer must be adamw or muon, got {shorten(self.optimizer)}")
+        if self.schedule not in ("cosine", "linear"):
+            raise ValueError(f"schedule must be cosine or linear, got {shorten(self.schedule)}")
         if self.optimizer == "muon" and self.learning_rate == 0:
             raise ValueError("learning_rate must be above 0, as the rate of muon follows it in proportion")
         if self.grad_accum > self.batch_size:
@@ -278,11 +281,11 @@ def estimate_due(step: int, config: TrainConfig) -> bool:
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """The rate of the update that follows `step` updates: linear warm-up, then a cosine down to min_lr.
+    """The rate of the update that follows `step` updates: linear warm-up, then a cosine or a line down to min_lr.
 
         step 0                            learning_rate / warmup_steps
         step warmup_steps - 1             learning_rate: the top of the warm-up
-        step warmup_steps                 learning_rate again: the cosine begins
+        step warmup_steps                 learning_rate again: the decay begins
         halfway to decay_steps            (learning_rate + min_lr) / 2
         step decay_steps and after        min_lr
 
@@ -294,7 +297,8 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     if step >= decay_steps:
         return config.min_lr
     progress = (step - config.warmup_steps) / (decay_steps - config.warmup_steps)
-    return config.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (config.learning_rate - config.min_lr)
+    left = 1 - progress if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return config.min_lr + left * (config.learning_rate - config.min_lr)
 
 
 def muon_learning_rate(lr: float, config: TrainConfig) -> float:

@@ -428,17 +428,21 @@ def test_the_learning_rate_of_every_step() -> None:
     """The points that the docstring of learning_rate names, and no rate above the peak or, past the warm-up, below the
     floor.
 
-    A failure: the warm-up is off by one, or the cosine does not end where it should.
+    A failure: the warm-up is off by one, or the decay does not end where it should.
     """
     config = train_config()
     anchors = {0: 0.1, 4: 0.5, 9: 1.0, 10: 1.0, 55: 0.55, 100: 0.1, 101: 0.1, 10**6: 0.1}
     for step, rate in anchors.items():
         assert learning_rate(step, config) == pytest.approx(rate, rel=1e-12), f"step {step}"
     assert learning_rate(32, config) == pytest.approx(0.1 + 0.45 * (1 + math.cos(math.pi * 22 / 90)), rel=1e-12)
-    rates = [learning_rate(step, config) for step in range(130)]
-    assert rates[:10] == sorted(rates[:10])
-    assert rates[9:] == sorted(rates[9:], reverse=True)
-    assert all(0.1 <= rate <= 1 for rate in rates[9:])
+    linear = train_config(schedule="linear")
+    for step, rate in (anchors | {20: 0.9, 32: 1 - 0.22, 91: 0.19}).items():
+        assert learning_rate(step, linear) == pytest.approx(rate, rel=1e-12), f"step {step}"
+    for schedule in (config, linear):
+        rates = [learning_rate(step, schedule) for step in range(130)]
+        assert rates[:10] == sorted(rates[:10])
+        assert rates[9:] == sorted(rates[9:], reverse=True)
+        assert all(0.1 <= rate <= 1 for rate in rates[9:])
     early = train_config(decay_steps=50)
     assert learning_rate(30, early) == pytest.approx(0.55, rel=1e-12)
     assert [learning_rate(step, early) for step in (50, 60, 99)] == [0.1, 0.1, 0.1]

@@ -432,10 +432,11 @@ TABLE = {
         "test_semantics.py::test_the_learning_rate_of_every_step": [
             ("warm-up starts at 0: off by one", "(step + 1) / config.warmup_steps", "step / config.warmup_steps"),
             (
-                "the cosine goes below its floor",
+                "the decay goes below its floor",
                 "(config.learning_rate - config.min_lr)",
                 "(config.learning_rate - config.min_lr) - config.min_lr * progress",
             ),
+            ("the line is the square of one", "left = 1 - progress if", "left = (1 - progress) ** 2 if"),
             ("the cosine rises again after its end", "    if step >= decay_steps:\n        return config.min_lr\n", ""),
         ],
     },

@@ -230,23 +230,25 @@ print((peak() - before) / sum(a.nbytes for part in arrays for a in part.values()
 # A whole run
 
 
-def finish(text: Path, run_dir: Path) -> None:
+def finish(text: Path, run_dir: Path, **flags: object) -> None:
     """Go on with a run, or begin it if it did not come to exist; no flag says that anything may be overwritten."""
     if (run_dir / "config.json").exists():
         assert resume("numpy", run_dir) == 0
     else:
-        assert start("numpy", text, run_dir, **FLAGS) == 0
+        assert start("numpy", text, run_dir, **FLAGS | flags) == 0
 
 
-def test_a_crash_at_each_operation_of_a_run(text: Path, tmp_path: Path) -> None:
-    operations = count_operations(lambda: start("numpy", text, tmp_path / "whole", **FLAGS))
+@pytest.mark.parametrize(("optimizer", "every"), [("adamw", 1), ("muon", 3)])
+def test_a_crash_at_each_operation_of_a_run(optimizer: str, every: int, text: Path, tmp_path: Path) -> None:
+    flags = FLAGS | {"optimizer": optimizer}
+    operations = count_operations(lambda: start("numpy", text, tmp_path / "whole", **flags))
     whole = content(tmp_path / "whole")
     assert operations > 60, operations
-    for at in range(1, operations + 1):
+    for at in range(1, operations + 1, every):
         run_dir = tmp_path / str(at)
         with pytest.raises(Crash), Disk(at, "crash").in_place():
-            start("numpy", text, run_dir, **FLAGS)
-        finish(text, run_dir)
+            start("numpy", text, run_dir, **flags)
+        finish(text, run_dir, optimizer=optimizer)
         assert content(run_dir) == whole, f"crash at operation {at}"
         names = {path.name for path in run_dir.iterdir()}
         files = {"config.json", "tokenizer.json", "metrics.jsonl", "lock", "last.safetensors", "best.safetensors"}
@@ -317,17 +319,22 @@ def test_killed_at_fifty_moments_it_comes_to_the_same_weights(text: Path, tmp_pa
         process.join()
         return process.exitcode
 
-    beginning = [*arguments(KILLED), "--data", str(text), "--run-dir"]
-    train([*beginning, str(tmp_path / "warm-up")], None)
+    beginnings = [
+        [*arguments(KILLED), "--optimizer", optimizer, "--data", str(text), "--run-dir"] for optimizer in ("adamw", "muon")
+    ]
+    train([*beginnings[0], str(tmp_path / "warm-up")], None)
     started = time.perf_counter()
-    assert train([*beginning, str(tmp_path / "whole")], None) == 0
-    duration = time.perf_counter() - started
-    whole = content(tmp_path / "whole")
+    wholes = []
+    for number, beginning in enumerate(beginnings):
+        assert train([*beginning, str(tmp_path / f"whole {number}")], None) == 0
+        wholes.append(content(tmp_path / f"whole {number}"))
+    duration = (time.perf_counter() - started) / len(beginnings)
 
     moments = random.Random(0)
     kills = runs = 0
     while kills < 50:
         run_dir = tmp_path / f"run {runs}"
+        beginning, whole = beginnings[runs % 2], wholes[runs % 2]  # the optimizers take turns
         code = None
         while code != 0:
             exists = (run_dir / "config.json").exists()
@@ -340,4 +347,4 @@ def test_killed_at_fifty_moments_it_comes_to_the_same_weights(text: Path, tmp_pa
                 assert all("loss" in json.loads(line) for line in lines), "valid line by line after any kill"
         assert content(run_dir) == whole, f"after {kills} kills"
         runs += 1
-    assert runs > 1
+    assert runs > 3, "each optimizer twice"

@@ -37,13 +37,21 @@ Fields = dict[str, object]
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def saved_by(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A finished run of each optimizer."""
     folder = tmp_path_factory.mktemp("saved")
+    text = write_text(folder)
+    flags = {"max_steps": 4, "decay_steps": 4, "eval_interval": 2, "n_layer": 1, "n_embd": 8}
     with pytest.MonkeyPatch.context() as patch:
         skip_what_is_slow(patch)
-        flags = {"max_steps": 4, "decay_steps": 4, "eval_interval": 2, "n_layer": 1, "n_embd": 8}
-        assert start("numpy", write_text(folder), folder / "run", **flags) == 0
-    return folder / "run"
+        for optimizer in ("adamw", "muon"):
+            assert start("numpy", text, folder / optimizer, optimizer=optimizer, **flags) == 0
+    return {optimizer: folder / optimizer for optimizer in ("adamw", "muon")}
+
+
+@pytest.fixture(scope="module")
+def saved(saved_by: dict[str, Path]) -> Path:
+    return saved_by["adamw"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -332,8 +340,11 @@ def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
     max_examples=max(200, 2 * settings.default.max_examples),
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-@given(mutation=mutations())
-def test_fuzzed_run_folders(saved: Path, mutation: tuple[str, Callable[[Path], None], bool]) -> None:
+@given(optimizer=st.sampled_from(["adamw", "muon"]), mutation=mutations())
+def test_fuzzed_run_folders(
+    saved_by: dict[str, Path], optimizer: str, mutation: tuple[str, Callable[[Path], None], bool]
+) -> None:
+    saved = saved_by[optimizer]
     file, mutate, sealed = mutation
     with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(folder) / "run"
@@ -357,8 +368,10 @@ def all_tensors(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
     return checkpoint.snapshot.weights | moments
 
 
-def test_the_fuzzer_loads_what_nobody_touched(saved: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_fuzzer_loads_what_nobody_touched(optimizer: str, saved_by: dict[str, Path], tmp_path: Path) -> None:
     """Or it would prove nothing."""
+    saved = saved_by[optimizer]
     shutil.copytree(saved, tmp_path / "run")
     seal(tmp_path / "run")
     assert same(sampled(tmp_path / "run"), load_file(saved / BEST))

@@ -87,6 +87,7 @@ def test_presets_are_the_documented_models() -> None:
         ("log_interval", 0),
         ("seed", -1),
         ("dtype", "float16"),
+        ("schedule", "step"),
         ("optimizer", "sgd"),
         ("muon_learning_rate", -1e-3),
         ("muon_weight_decay", math.nan),
