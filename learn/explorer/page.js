@@ -39,7 +39,9 @@ class Step {
   constructor(raw, direction) {
     Object.assign(this, raw, { direction, code: raw[direction] }, KINDS[raw.kind][direction]);
     [this.T, this.C, this.hs] = [DATA.idx.length, DATA.config.n_embd, DATA.config.n_embd / DATA.config.n_head];
-    this.name = KINDS[raw.kind].names?.[Number(direction === "backward")] ?? this.code[0].function;
+    const { names, what } = KINDS[raw.kind], way = Number(direction === "backward");
+    this.name = names?.[way] ?? this.code[0].function;
+    this.what = what?.[way] ?? DATA.functions[this.code[0].function][0];
   }
   tensor(role) {
     return this.tensors[role] ?? gradientName(this.tensors[role.slice(1)]);
@@ -102,11 +104,11 @@ function heatmap(role, name, found) {
   const top = columnLabels.map((label) => `<th scope="col">${escape(label)}</th>`).join("");
   const tables = range(shape.length === 3 ? shape[0] : 1).map((head) => {
     const row = (label, i) => `<tr><th>${escape(label)}</th>${columnLabels.map((_, j) => cell(head, i, j)).join("")}</tr>`;
-    const corner = shape.length < 3 ? "" : `head ${head}${/^d?(att|probs|scores)$/.test(role) ? " query↓ key→" : ""}`;
-    return `<table><tr><th>${corner}</th>${top}</tr>${rowLabels.map(row).join("")}</table>`; // far faster than make()
+    return `<table><tr><th>${shape.length < 3 ? "" : `head ${head}`}</th>${top}</tr>${rowLabels.map(row).join("")}</table>`; // far faster than make()
   });
   const scale = exponent ? ` ×10<sup>${String(exponent).replace("-", "−")}</sup>` : "";
-  const caption = `<figcaption><b>${role}</b> (${shape.join(", ")})${scale}<small>${name}</small></figcaption>`;
+  const axes = /^d?(att|probs)$/.test(role) && shape.length === 3 ? " query ↓ key →" : "";
+  const caption = `<figcaption><b>${role}</b> (${shape.join(", ")})${scale}${axes}<small>${name}</small></figcaption>`;
   const figure = make("figure", { innerHTML: `${caption}<div class="tables">${tables.join("")}</div>` });
   figure.querySelectorAll("td").forEach((cell) => found(keyOf(role, indexOf(cell)), cell));
   return figure;
@@ -144,7 +146,7 @@ function go(index) {
   $("where").textContent = `${step.direction}, ${current + 1} of ${SEQUENCE.length}`;
   $("title").replaceChildren(`${arrow} ${step.name}`, make("small", {}, step.part));
   $("formula").textContent = step.formula;
-  $("what").textContent = DATA.functions[step.code[0].function][0];
+  $("what").textContent = step.what;
   [cells, pinned] = [new Map(), null];
   const draw = (role) => heatmap(role, step.tensor(role), (key, cell) => cells.set(key, cell));
   $("show").replaceChildren(...step.show.filter((role) => step.has(role)).map(draw));
@@ -219,6 +221,7 @@ function grab(name, index) {
   $("parameter").value = name;
   const mark = (key, cell) => key.endsWith(keyOf("", index)) && cell.classList.add("chosen");
   $("weights").replaceChildren(heatmap("weight", name, mark), heatmap("gradient", gradientName(name), mark));
+  held.cell = $("weights").querySelector(".chosen");
   const start = performance.now();
   held.then = answer(before);
   const points = Math.max(13, Math.min(81, Math.round(150 / (performance.now() - start)))); // a large model gets fewer
@@ -231,6 +234,7 @@ function move(value) {
   const { before, gradient, then } = held, now = answer(value);
   const predicted = then.loss + gradient * (value - before);
   $("weight").textContent = `${keyOf(held.name, held.index)} = ${num(value)}`;
+  held.cell.textContent = num(value, 2);
   $("readout").replaceChildren(
     `The loss was ${num(then.loss, 6)} and is `, make("b", {}, num(now.loss, 6)),
     `. The gradient, ${num(gradient)}, predicts for a move of ${num(value - before)}: `, make("b", {}, num(predicted, 6)), ".");

@@ -4,6 +4,8 @@
 //     sum(name, terms, times)    a sum of products of such numbers, times a factor
 //     line(name, text, value)    anything else, written out
 // The last line's value is the number itself: tests compare all of them with numpygpt's.
+// A kind that is a part of a function has names of its own, and says what it does: [forward, backward]. The others have
+// the function's name and docstring.
 "use strict";
 
 const range = (n) => [...Array(n).keys()];
@@ -47,6 +49,10 @@ const KINDS = {
 
   fork: {
     names: ["x is used twice", "dx + dbranch"],
+    what: [
+      "The block's input goes two ways: through the branch, and around it, unchanged.",
+      "x was used in two places, so its gradient is the sum of what comes back from both.",
+    ],
     forward: pass("branch = f(x), and x goes on", "-> x", (s, role, i) => [sum("as it is", [[s.ref("x", ...i)]])]),
     backward: pass("dx = dx + dbranch", "dsum dbranch -> dx", (s, role, i) =>
       [sum("around the branch + through it", [[s.ref("dsum", ...i)], [s.ref("dbranch", ...i)]])]),
@@ -110,6 +116,10 @@ const KINDS = {
 
   split: {
     names: ["cut into heads", "join heads"],
+    what: [
+      "A token's row of qkv holds q, k and v, one after the other, each of them head by head. The row is cut and its parts are sorted: nothing is computed.",
+      "Nothing was computed, so every gradient goes back to the place that its number came from.",
+    ],
     forward: pass("q, k, v = qkv.reshape(T, 3, nh, hs).transpose(1, 2, 0, 3)", "qkv -> q k v", (s, role, [h, t, j]) =>
       [sum("a copy", [[s.ref("qkv", t, "qkv".indexOf(role) * s.C + h * s.hs + j)]])]),
     backward: pass("dqkv = (dq, dk, dv).transpose(2, 0, 1, 3).reshape(T, 3C)", "dq dk dv -> dqkv", (s, role, [t, o]) =>
@@ -118,6 +128,10 @@ const KINDS = {
 
   scores: {
     names: ["q @ k.T, mask", "dq, dk"],
+    what: [
+      "Each token's query is compared with the key of every token up to itself. The product of the two vectors is large where they point the same way; divided by √hs, it stays near 1 whatever the size of a head. A token must not see later ones, so their scores are −∞.",
+      "A score is a product of a query and a key, so each one's gradient is the score's gradient times the other. A query collects it from all keys that it was compared with, a key from all queries. Masked scores were the same whatever q and k were: their gradient is 0.",
+    ],
     forward: pass("att = q @ k.T / √hs, and −∞ for the future", "q k -> att", (s, role, [h, t, u]) => {
       const terms = range(s.hs).map((j) => [s.ref("q", h, t, j), s.ref("k", h, u, j)]);
       const score = sum("query · key / √hs", terms, 1 / Math.sqrt(s.hs));
@@ -142,6 +156,10 @@ const KINDS = {
 
   average: {
     names: ["probs @ v", "dprobs, dv"],
+    what: [
+      "Each token takes an average of the values. Its row of probs says how much of each.",
+      "The average is a product of probs and v, so each one's gradient is dy times the other. Where dprobs[t, u] is negative, the loss would fall if token t looked more at token u. A value collects its gradient from all tokens that looked at it, each by as much as it looked.",
+    ],
     forward: pass("y = probs @ v, the heads side by side", "probs v -> y", (s, role, [t, c]) => {
       const h = Math.floor(c / s.hs);
       return [s.overTokens((u) => [s.ref("probs", h, t, u), s.ref("v", h, u, c % s.hs)])];
@@ -168,6 +186,10 @@ const KINDS = {
 
   add: {
     names: ["x + branch", "dx, copied"],
+    what: [
+      "The branch adds to x and overwrites nothing, so later layers still have what came before it.",
+      "A sum hands its gradient on to both terms, unchanged: to the branch, and to x around it.",
+    ],
     forward: pass("x = x + branch", "x branch -> sum", (s, role, i) =>
       [sum("stream + branch", [[s.ref("x", ...i)], [s.ref("branch", ...i)]])]),
     backward: pass("dbranch = dx, and dx goes on", "dsum -> dbranch", (s, role, i) => [sum("a copy", [[s.ref("dsum", ...i)]])]),

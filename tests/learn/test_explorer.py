@@ -238,6 +238,8 @@ def test_move_a_weight(page: "sync_api.Page", subject: Subject) -> None:
     probs = numpygpt.softmax_forward(logits[0])
     shown = [float(text) for text in page.locator("#targets .row > span:last-child").all_inner_texts()]
     np.testing.assert_allclose(shown, probs[np.arange(len(ids) - 1), ids[1:]], atol=5.1e-4)
+    cell = page.locator("#weights figure:first-child td.chosen")
+    assert float(cell.inner_text().replace("\N{MINUS SIGN}", "-")) == pytest.approx(value, abs=6e-3)
     kept = page.evaluate("[...TENSORS['h.0.mlp.c_fc.weight'].data]")
     np.testing.assert_array_equal(kept, weights["h.0.mlp.c_fc.weight"].ravel(), err_msg="the page's own weight moved")
     page.click("#back")

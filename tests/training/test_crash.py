@@ -320,7 +320,8 @@ def test_killed_at_fifty_moments_it_comes_to_the_same_weights(text: Path, tmp_pa
         return process.exitcode
 
     beginnings = [
-        [*arguments(KILLED), "--optimizer", optimizer, "--data", str(text), "--run-dir"] for optimizer in ("adamw", "muon")
+        [*arguments(KILLED), "--optimizer", optimizer, "--data", str(text), "--run-dir"]
+        for optimizer in ("adamw", "muon")
     ]
     train([*beginnings[0], str(tmp_path / "warm-up")], None)
     started = time.perf_counter()
