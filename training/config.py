@@ -74,7 +74,7 @@ class TrainConfig:
     tokenizer: str = "char"  # char, bpe, gpt2, a tokenizer.json, or merges as in GPT-2's vocab.bpe
     bpe_vocab_size: int = 1024  # how many tokens the tokenizer "bpe" learns from the training split
     special_tokens: bool = False  # where the text holds a special token, as <|endoftext|>, read it as that token
-    schedule: Literal["cosine", "linear"] = "cosine"  # how the rate falls after the warm-up
+    schedule: Literal["cosine", "linear"] | None = None  # how the rate falls; None: cosine for adamw, linear for muon
     decay_steps: int | None = None  # the step at which the rate arrives at min_lr; None: max_steps
     grad_accum: int = 1  # micro-batches an update is computed in: less memory, same result
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices inside blocks, and AdamW for all others
@@ -122,7 +122,7 @@ class TrainConfig:
             raise ValueError(f"min_lr must be at most learning_rate {self.learning_rate}, got {self.min_lr}")
         if self.optimizer not in ("adamw", "muon"):
             raise ValueError(f"optimizer must be adamw or muon, got {shorten(self.optimizer)}")
-        if self.schedule not in ("cosine", "linear"):
+        if self.schedule not in ("cosine", "linear", None):
             raise ValueError(f"schedule must be cosine or linear, got {shorten(self.schedule)}")
         if self.optimizer == "muon" and self.learning_rate == 0:
             raise ValueError("learning_rate must be above 0, as the rate of muon follows it in proportion")
@@ -297,7 +297,8 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     if step >= decay_steps:
         return config.min_lr
     progress = (step - config.warmup_steps) / (decay_steps - config.warmup_steps)
-    left = 1 - progress if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    schedule = config.schedule or ("linear" if config.optimizer == "muon" else "cosine")
+    left = 1 - progress if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
     return config.min_lr + left * (config.learning_rate - config.min_lr)
 
 

@@ -436,6 +436,8 @@ def test_the_learning_rate_of_every_step() -> None:
         assert learning_rate(step, config) == pytest.approx(rate, rel=1e-12), f"step {step}"
     assert learning_rate(32, config) == pytest.approx(0.1 + 0.45 * (1 + math.cos(math.pi * 22 / 90)), rel=1e-12)
     linear = train_config(schedule="linear")
+    assert learning_rate(32, train_config(optimizer="muon")) == learning_rate(32, linear), "Muon's default"
+    assert learning_rate(32, train_config(optimizer="muon", schedule="cosine")) == learning_rate(32, config)
     for step, rate in (anchors | {20: 0.9, 32: 1 - 0.22, 91: 0.19}).items():
         assert learning_rate(step, linear) == pytest.approx(rate, rel=1e-12), f"step {step}"
     for schedule in (config, linear):
