@@ -1,10 +1,12 @@
 """Small training runs for the tests of training/, the trainers and sample.py."""
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -114,6 +116,19 @@ def command(program: str, *argv: object, **options: object) -> subprocess.Comple
         options["stdin"] = subprocess.DEVNULL
     argv = [sys.executable, ROOT / program, *map(str, argv)]
     return subprocess.run(argv, capture_output=True, encoding="utf-8", timeout=120, **options)
+
+
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that start in milliseconds")
+
+
+def forked(target: Callable[..., None], *args: object) -> BaseProcess:
+    """Start target(*args) in a process of its own, without the seconds in which it would load PyTorch: it is forked off
+    a server that has loaded everything already. target must be a function of a module."""
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload([__name__])
+    process = processes.Process(target=target, args=args)
+    process.start()
+    return process
 
 
 def state(path: Path) -> dict:

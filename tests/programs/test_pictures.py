@@ -59,6 +59,12 @@ def test_every_picture_is_drawn(run: Path, tmp_path: Path, capsys: pytest.Captur
     assert all(min(size(path.read_bytes())) > 300 for path in written)
 
 
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures are drawn, but not turned into PNG files, which takes most of the time."""
+    monkeypatch.setattr(pictures, "png", lambda figure: b"")
+
+
 def drawn(folder: Path, *argv: str) -> set[str]:
     """The names of the pictures of a run, drawn anew."""
     shutil.rmtree(folder / "pictures", ignore_errors=True)
@@ -66,6 +72,7 @@ def drawn(folder: Path, *argv: str) -> set[str]:
     return {path.stem for path in (folder / "pictures").iterdir()}
 
 
+@pytest.mark.usefixtures("quick")
 def test_an_imported_run_shows_what_it_knows_and_no_training(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """A failure: pictures of a training that never was. Fine-tuned, it has gradients; its beginning is not known."""
     text, imported = write_text(tmp_path), tmp_path / "run"
@@ -92,6 +99,7 @@ def test_an_imported_run_shows_what_it_knows_and_no_training(tmp_path: Path, cap
     assert drawn(imported) == set(pictures.PICTURES) - {"gradients", "first_steps", "newton_schulz"}
 
 
+@pytest.mark.usefixtures("quick")
 def test_another_text_is_not_taken_for_the_run_s(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     text, folder = write_text(tmp_path), tmp_path / "run"
     assert start("numpy", text, folder) == 0

@@ -4,7 +4,6 @@ import builtins
 import contextlib
 import errno
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -19,7 +18,19 @@ import numpy as np
 import pytest
 
 from numpygpt import GPTConfig, init_params
-from tests.runs import ROOT, SMALL, arguments, content, resume, run, skip_what_is_slow, start, write_text
+from tests.runs import (
+    ROOT,
+    SMALL,
+    arguments,
+    content,
+    forked,
+    needs_fork,
+    resume,
+    run,
+    skip_what_is_slow,
+    start,
+    write_text,
+)
 from training.checkpoint import TOKENIZER, Checkpoint, Snapshot, State, load_checkpoint, save_last
 from training.run import delete_leftovers
 
@@ -305,15 +316,11 @@ def train_quietly(argv: list[str]) -> None:
     os._exit(code)
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that start in milliseconds")
+@needs_fork
 def test_killed_at_fifty_moments_it_comes_to_the_same_weights(text: Path, tmp_path: Path) -> None:
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload([__name__])
-
     def train(argv: list[str], seconds: float | None) -> int:
         """Train for so long, and kill the process; or let it end -> its exit code."""
-        process = processes.Process(target=train_quietly, args=(argv,))
-        process.start()
+        process = forked(train_quietly, argv)
         process.join(seconds)
         process.kill()
         process.join()

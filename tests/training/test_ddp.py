@@ -8,8 +8,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,7 +22,8 @@ import train_torch
 from common.cli import run_program
 from common.errors import UserError
 from numpygpt import GPTConfig
-from tests.runs import ENGINES, arguments, refused, resume, start, state, write_text
+from tests.runs import ENGINES, arguments, forked, needs_fork, refused, resume, start, state, write_text
+from tests.runs import run as run_trainer
 from train_torch import TorchEngine
 from training import memory
 from training.batches import split
@@ -38,12 +40,45 @@ TRAINING = dataclasses.replace(PRESETS["tiny"].training, dtype="float64", seed=3
 CPU = DeviceFlags("cpu")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 TINY = ["--preset", "tiny", "--data", "verse", "--device", "cpu", "--dtype", "float64", "--log-interval", "1"]
+TINY += ["--threads", "1"]
 
 
-def torchrun(processes: int, *flags: str) -> list[str]:
-    """The command line that starts so many processes on this machine."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return [*launcher, str(ROOT / "train_torch.py"), *TINY, *flags]
+def train_forked(argv: Sequence[str], output: Path, environment: dict[str, str]) -> None:
+    """train_torch.py in a process that was forked for it, which writes into output.out and output.err."""
+    os.environ.update(environment)
+    for stream, suffix in ((1, ".out"), (2, ".err")):
+        os.dup2(os.open(output.with_suffix(suffix), os.O_WRONLY | os.O_CREAT), stream)
+    os._exit(run_trainer("torch", argv))
+
+
+@contextmanager
+def two_processes(folder: Path, *flags: str, **variables: str) -> Iterator[list[BaseProcess]]:
+    """Two processes that train together, as torchrun would start them; torchrun itself is in README, and tested there.
+
+    Their output comes into the folder.
+    """
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        port = str(listening.getsockname()[1])
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} | variables
+    processes = [
+        forked(train_forked, [*TINY, *flags], folder / str(rank), shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(2)
+    ]
+    try:
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def ended(processes: list[BaseProcess], folder: Path) -> list[tuple[int, str, str]]:
+    """Wait for processes -> the exit status, standard output and errors of each."""
+    for process in processes:
+        process.join(300)
+    texts = [[(folder / f"{rank}{end}").read_text(encoding="utf-8") for end in (".out", ".err")] for rank in range(2)]
+    return [(process.exitcode, *texts[rank]) for rank, process in enumerate(processes)]
 
 
 def run(command: list[str], **variables: str) -> subprocess.CompletedProcess:
@@ -56,6 +91,7 @@ def losses(folder: Path) -> list[float]:
 
 
 # Measured for float32 over these steps: 2.0e-7.
+@needs_fork
 @pytest.mark.parametrize(
     ("dtype", "optimizer", "tolerance"),
     [("float64", "adamw", 1e-12), ("float32", "adamw", 2e-6), ("float64", "muon", 1e-12)],
@@ -64,74 +100,51 @@ def test_two_processes_learn_what_one_does(dtype: str, optimizer: str, tolerance
     """One batch cut among processes, unevenly and in micro-batches, is still one batch: same losses at every step."""
     flags = ["--max-steps", "12", "--batch-size", "7", "--learning-rate", "3e-3", "--dtype", dtype]
     flags += ["--optimizer", optimizer]
-    alone = run([sys.executable, "train_torch.py", *TINY, *flags, "--run-dir", str(tmp_path / "one")])
-    assert alone.returncode == 0, alone.stderr
-    together = run(torchrun(2, *flags, "--grad-accum", "2", "--run-dir", str(tmp_path / "two")))
-    assert together.returncode == 0, together.stderr
+    assert run_trainer("torch", [*TINY, *flags, "--run-dir", str(tmp_path / "one")]) == 0
+    with two_processes(tmp_path, *flags, "--grad-accum", "2", "--run-dir", str(tmp_path / "two")) as processes:
+        (main, printed, errors), other = ended(processes, tmp_path)
+    assert main == 0, errors
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert len(one) == len(two) == 12, "only the main process measures, and once"
     np.testing.assert_allclose(two, one, rtol=tolerance, err_msg="two processes' gradients do not add up to one's")
-    assert together.stdout.count("parameters") == 1, "more than one process reports"
-    assert "2 processes" in together.stdout
+    assert "2 processes" in printed
+    assert other == (0, "", ""), "only the main process reports"
 
 
+@needs_fork
 def test_processes_without_a_compiler_continue_together(tmp_path: Path) -> None:
     flags = ["--max-steps", "2", "--n-layer", "1", "--compile", "--run-dir", str(tmp_path / "run")]
-    result = run(torchrun(2, *flags), CXX="/nonexistent/compiler")
-    assert result.returncode == 0, result.stderr
-    assert result.stderr.count("torch.compile failed, continuing without it: ") == 1
-    assert "float64, eager, " in result.stdout
+    with two_processes(tmp_path, *flags, CXX="/nonexistent/compiler") as processes:
+        (main, printed, errors), (other, _, other_errors) = ended(processes, tmp_path)
+    assert (main, other) == (0, 0), errors
+    assert (errors + other_errors).count("torch.compile failed, continuing without it: ") == 1
+    assert "float64, eager, " in printed
 
 
+@needs_fork
 def test_too_few_sequences_for_the_processes_is_one_line(tmp_path: Path) -> None:
-    result = run(torchrun(2, "--batch-size", "1", "--run-dir", str(tmp_path / "run")))
-    assert result.returncode != 0
-    assert "error: each of the 2 processes needs a sequence of every micro-batch" in result.stderr
+    with two_processes(tmp_path, "--batch-size", "1", "--run-dir", str(tmp_path / "run")) as processes:
+        (main, _, errors), (other, _, _) = ended(processes, tmp_path)
+    assert main != 0 != other
+    assert "error: each of the 2 processes needs a sequence of every micro-batch" in errors
     assert not (tmp_path / "run").exists()
 
 
-def free_port() -> int:
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        return listening.getsockname()[1]
-
-
+@needs_fork
 def test_a_process_that_dies_ends_the_run_with_a_clear_line_and_a_checkpoint(tmp_path: Path) -> None:
-    """Kill one of two once something is saved: the other must not hang, and last.safetensors must be whole.
-
-    The two are started by hand: torchrun would stop the other one by a signal, which may come before its line.
-    """
+    """Kill one of two once something is saved: the other must not hang, and last.safetensors must be whole."""
     folder = tmp_path / "run"
-    flags = [*TINY, "--max-steps", "100000", "--eval-interval", "40", "--run-dir", str(folder)]
-    shared = {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    shared |= {"MASTER_PORT": str(free_port())}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(ROOT / "train_torch.py"), *flags],
-            cwd=ROOT,
-            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
+    flags = ["--max-steps", "100000", "--eval-interval", "40", "--run-dir", str(folder)]
+    with two_processes(tmp_path, *flags) as processes:
         while not (folder / "last.safetensors").exists():
-            assert all(process.poll() is None for process in processes), processes[0].stderr.read()
+            assert all(process.is_alive() for process in processes)
             time.sleep(0.1)
         processes[1].kill()
-        _, errors = processes[0].communicate(timeout=300)
-    finally:
-        for process in processes:
-            process.kill()
-            process.communicate()
-    assert processes[0].returncode == 1
+        (main, _, errors), _ = ended(processes, tmp_path)
+    assert main == 1
     assert "process 0 of 2 lost the others, and stops; what was saved stays" in errors
     made = state(folder / "last.safetensors")["step"]
-    more = ["--resume", str(folder), "--max-steps", str(made + 1)]
-    resumed = run([sys.executable, "train_torch.py", *more, "--device", "cpu"])
-    assert resumed.returncode == 0, resumed.stderr
+    assert resume("torch", folder, max_steps=made + 1, device="cpu") == 0
 
 
 def batch(seed: int, B: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
