@@ -438,7 +438,7 @@ TABLE = {
             ),
             ("the line is the square of one", "left = 1 - progress if", "left = (1 - progress) ** 2 if"),
             ("Muon's rate falls along a cosine", '("linear" if config.optimizer == "muon" else "cosine")', '"cosine"'),
-            ("the cosine rises again after its end", "    if step >= decay_steps:\n        return config.min_lr\n", ""),
+            ("the rate rises again after its end", "    if step >= decay_steps:\n        return config.min_lr\n", ""),
         ],
     },
     "training/flops.py": {
