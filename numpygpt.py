@@ -5,11 +5,10 @@ each token is a vector of C numbers; together they are the residual stream x (B,
 turn by attention (each token looks at itself and the tokens before it) and by an MLP (each token by itself). Training
 moves softmax(logits[b, t]) towards targets[b, t], the token that followed idx[b, t] in the text.
 
-What is here: the GPT-2 architecture (Radford et al. 2019; pre-LayerNorm, learned positions, tanh GELU,
-the output head tied to the token embedding), every gradient (docs/derivations.md derives them), clipping, AdamW, Muon,
-and generation with a key/value cache. What is not: autograd, data, training loops, files, threads. torchgpt.py beside
-this file is the same model in PyTorch, with the same names in the same order; the tests prove that the two are one
-function.
+What is here: the GPT-2 architecture (Radford et al. 2019; pre-LayerNorm, learned positions, tanh GELU, the output head
+tied to the token embedding), every gradient (docs/derivations.md derives them), clipping, AdamW, Muon, and generation
+with a key/value cache. What is not: autograd, data, training loops, files, threads. torchgpt.py beside this file is the
+same model in PyTorch, with the same names in the same order; the tests prove that the two are one function.
 
 Letters used for shapes, here and everywhere in the project:
 

@@ -104,7 +104,8 @@ function heatmap(role, name, found) {
   const top = columnLabels.map((label) => `<th scope="col">${escape(label)}</th>`).join("");
   const tables = range(shape.length === 3 ? shape[0] : 1).map((head) => {
     const row = (label, i) => `<tr><th>${escape(label)}</th>${columnLabels.map((_, j) => cell(head, i, j)).join("")}</tr>`;
-    return `<table><tr><th>${shape.length < 3 ? "" : `head ${head}`}</th>${top}</tr>${rowLabels.map(row).join("")}</table>`; // far faster than make()
+    const corner = shape.length === 3 ? `head ${head}` : "";
+    return `<table><tr><th>${corner}</th>${top}</tr>${rowLabels.map(row).join("")}</table>`; // far faster than make()
   });
   const scale = exponent ? ` ×10<sup>${String(exponent).replace("-", "−")}</sup>` : "";
   const axes = /^d?(att|probs)$/.test(role) && shape.length === 3 ? " query ↓ key →" : "";

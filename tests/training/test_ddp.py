@@ -81,8 +81,8 @@ def ended(processes: list[BaseProcess], folder: Path) -> list[tuple[int, str, st
     return [(process.exitcode, *texts[rank]) for rank, process in enumerate(processes)]
 
 
-def run(command: list[str], **variables: str) -> subprocess.CompletedProcess:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
+def run(command: list[str]) -> subprocess.CompletedProcess:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
 
 
