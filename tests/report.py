@@ -52,17 +52,12 @@ KINDS = [
 ]
 
 
-def measure(examples: int) -> dict[str, dict[str, float]]:
-    """What was compared -> tensor -> the largest error over so many examples."""
-    from tests import conftest
-
-    settings.register_profile("report", max_examples=examples, **conftest.COMMON)
-    settings.load_profile("report")  # before the tests are imported: they take their settings then
-    from tests.helpers import MEASURED
+def tests_that_measure() -> list[tuple[Callable, list[tuple]]]:
+    """The tests whose errors are reported, each with the arguments of its calls."""
     from tests.model import test_dropout, test_layers, test_model, test_trajectory
 
     text = "verse" if test_trajectory.needs_shakespeare.args[0] else "shakespeare_char"
-    runs: list[tuple[Callable, list[tuple]]] = [
+    return [
         (test_layers.test_layer_parity_float64, [(layer,) for layer in test_layers.LAYERS]),
         (test_layers.test_layer_parity_float32, [(layer,) for layer in test_layers.LAYERS]),
         (test_layers.test_layer_finite_differences, [(layer,) for layer in test_layers.LAYERS]),
@@ -72,10 +67,20 @@ def measure(examples: int) -> dict[str, dict[str, float]]:
         (test_model.test_parity_float32, [()]),
         (test_model.test_finite_differences_of_the_whole_model, [(True,), (False,)]),
         (test_dropout.test_dropout_parity, [()]),
-        (test_trajectory.test_trajectory_parity_float64, [(text,)]),
+        (test_trajectory.test_trajectory_parity_float64, [("adamw", text)]),
         (test_trajectory.test_trajectory_parity_with_dropout, [(text,)]),
     ]
-    for test, calls in runs:
+
+
+def measure(examples: int) -> dict[str, dict[str, float]]:
+    """What was compared -> tensor -> the largest error over so many examples."""
+    from tests import conftest
+
+    settings.register_profile("report", max_examples=examples, **conftest.COMMON)
+    settings.load_profile("report")  # before the tests are imported: they take their settings then
+    from tests.helpers import MEASURED
+
+    for test, calls in tests_that_measure():
         print(test.__name__, flush=True)
         for arguments in calls:
             test(*arguments)

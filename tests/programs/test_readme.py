@@ -5,6 +5,7 @@ typed, in this process, in a folder of its own, with a few flags that make it sh
 run is there: a small one, trained on a short text.
 """
 
+import inspect
 import re
 import runpy
 import shlex
@@ -183,6 +184,13 @@ def test_readme_files_of_requirements_are_there() -> None:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Numbers: what README says is what the pages say, which the programs wrote
+
+
+def test_the_report_calls_tests_as_they_are() -> None:
+    """A failure: a test has other parameters now, and python -m tests.report would end in a traceback."""
+    for test, calls in report.tests_that_measure():
+        for arguments in calls:
+            inspect.signature(test).bind(*arguments)
 
 
 def test_docs_parity_lists_the_mutants() -> None:
